@@ -1,0 +1,96 @@
+r"""A prior is a denoiser: :math:`D(x_t, t) = E[x_0 \mid x_t]`.
+
+Everything else follows from it by Tweedie's formula with
+:math:`x_t = \alpha x_0 + \sigma z`:
+
+.. math::
+   \nabla_{x_t} \log p_t(x_t) = \frac{\alpha D(x_t, t) - x_t}{\sigma^2}, \qquad
+   \mathrm{Cov}[x_0 \mid x_t] = \frac{\sigma^2}{\alpha}\,\frac{\partial D}{\partial x_t}
+
+Source: Efron, Tweedie's formula and selection bias (JASA 2011); Song et al. (ICLR 2021).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from inverse.sde import SDE, as_time
+
+__all__ = ["Denoiser", "expand"]
+
+
+def expand(coefficient: Tensor, x: Tensor) -> Tensor:
+    """A float64 coefficient (0-d, or one a batch element) shaped and cast to multiply ``x``."""
+    c = coefficient.to(device=x.device, dtype=x.dtype)
+    return c.reshape(*c.shape, *([1] * (x.ndim - c.ndim))) if c.ndim else c
+
+
+class Denoiser(nn.Module, ABC):
+    """The posterior mean of a clean image given a noisy one, in prior units.
+
+    Attributes:
+        sde: the forward process whose ``x_t`` it denoises.
+        offset: physical value of prior value 0.
+        scale: physical units per prior unit: ``physical = offset + scale * prior``.
+        unit: unit of ``offset`` and ``scale``: ``"physical"``, the measurement's own; ``"HU"``;
+            or ``"relative"``, 1 being the intensity scale estimated from MR data.
+    """
+
+    sde: SDE
+    unit: Literal["physical", "HU", "relative"] = "physical"
+    offset: float = 0.0
+    scale: float = 1.0
+
+    def __init__(self, sde: SDE) -> None:
+        super().__init__()
+        self.sde = sde
+
+    @abstractmethod
+    def denoise(self, x_t: Tensor, t: float | Tensor) -> Tensor:
+        """``E[x_0 | x_t]``.
+
+        Args:
+            x_t: noisy images in prior units, ``(b, *shape)``.
+            t: time, a number or one a batch element (shape ``(b,)``).
+
+        Returns:
+            The denoised images, ``(b, *shape)``.
+        """
+
+    def forward(self, x_t: Tensor, t: float | Tensor) -> Tensor:
+        """Same as :meth:`denoise`."""
+        return self.denoise(x_t, t)
+
+    def error(self, noise_level: float | Tensor) -> Tensor:
+        r"""Expected RMS error a pixel of ``D`` at a noise level, prior units, float64.
+
+        The default is that of a white prior of unit variance,
+        :math:`\tilde\sigma/\sqrt{1+\tilde\sigma^2}` (the r of PiGDM, Song et al., ICLR 2023);
+        priors that know better override it.
+        """
+        level = as_time(noise_level)
+        return level / torch.sqrt(1 + level**2)
+
+    def score(self, x_t: Tensor, t: float | Tensor) -> Tensor:
+        """``grad log p_t(x_t) = (alpha D - x_t) / sigma^2``, shape of ``x_t``."""
+        alpha, sigma = self.sde.marginal(t)
+        mean = self.denoise(x_t, t)
+        return (expand(alpha, x_t) * mean - x_t) / expand(sigma, x_t) ** 2
+
+    def covariance(self, x_t: Tensor, t: float | Tensor, v: Tensor) -> Tensor:
+        """``Cov[x_0 | x_t] v`` by one vector-Jacobian product (the Jacobian is symmetric).
+
+        Args:
+            x_t: noisy images ``(b, *shape)``.
+            t: time.
+            v: vectors ``(b, *shape)``.
+        """
+        alpha, sigma = self.sde.marginal(t)
+        with torch.enable_grad():
+            x = x_t.detach().requires_grad_(True)
+            (jv,) = torch.autograd.grad(self.denoise(x, t), x, v)
+        return expand(sigma**2 / alpha, x_t) * jv

@@ -1,0 +1,183 @@
+r"""Priors in closed form: the truth that every sampler is tested against.
+
+For :math:`x_t = \alpha x_0 + \sigma z` and a Gaussian :math:`x_0 \sim N(\mu, \Sigma)`
+
+.. math::
+   E[x_0 \mid x_t] = \mu + \alpha\Sigma(\alpha^2\Sigma + \sigma^2 I)^{-1}(x_t - \alpha\mu),
+
+and for a mixture the components' means weighted by their responsibilities at :math:`t`.  With a
+linear measurement :math:`y = Ax + n` the posterior is Gaussian (or a mixture) again:
+
+.. math::
+   C = (\Sigma^{-1} + A^T A/\sigma_y^2)^{-1}, \qquad m = \mu + C A^T(y - A\mu)/\sigma_y^2
+
+Dense linear algebra in float64; meant for problems of at most a few thousand unknowns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inverse.errors import GeometryError
+from inverse.priors.denoiser import Denoiser
+from inverse.sde import SDE, VE, as_time
+
+__all__ = ["GaussianPosterior", "GaussianPrior", "MixturePrior"]
+
+
+@dataclass(frozen=True)
+class GaussianPosterior:
+    """``N(mean, covariance)`` over flattened images, float64."""
+
+    mean: Tensor
+    covariance: Tensor
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """``(count, d)`` draws."""
+        z = torch.randn(count, len(self.mean), generator=generator, dtype=torch.float64)
+        return self.mean + z @ torch.linalg.cholesky(self.covariance).T
+
+    def kl(self, mean: Tensor, covariance: Tensor) -> float:
+        r"""``KL(N(mean, covariance) || self)`` in nats."""
+        d = len(self.mean)
+        factor = torch.linalg.cholesky(self.covariance)
+        trace = torch.cholesky_solve(covariance, factor).trace()
+        delta = self.mean - mean
+        quadratic = delta @ torch.cholesky_solve(delta[:, None], factor)[:, 0]
+        logdet = 2 * factor.diagonal().log().sum() - torch.linalg.slogdet(covariance)[1]
+        return float(0.5 * (trace + quadratic - d + logdet))
+
+
+class GaussianPrior(Denoiser):
+    """``N(mean, covariance)`` over images of ``shape``, in prior units.
+
+    Args:
+        mean: ``shape`` or a number.
+        covariance: ``(d, d)``, symmetric positive definite, ``d = prod(shape)``.
+        shape: image shape.
+        sde: forward process.
+    """
+
+    def __init__(
+        self,
+        mean: Tensor | float,
+        covariance: Tensor,
+        shape: Sequence[int],
+        sde: SDE | None = None,
+    ) -> None:
+        super().__init__(VE() if sde is None else sde)
+        self.shape = tuple(shape)
+        d = math.prod(self.shape)
+        if tuple(covariance.shape) != (d, d):
+            raise GeometryError(
+                f"GaussianPrior on {self.shape} needs a ({d}, {d}) covariance, "
+                f"got {tuple(covariance.shape)}"
+            )
+        self.mean = torch.as_tensor(mean, dtype=torch.float64).expand(self.shape).reshape(d)
+        self.covariance_matrix = covariance.to(torch.float64)
+        self.eigenvalues, self.basis = torch.linalg.eigh(self.covariance_matrix)
+
+    def denoise(self, x_t: Tensor, t: float | Tensor) -> Tensor:
+        """The linear (Wiener) estimate of the module's text."""
+        alpha, sigma = (c.expand(x_t.shape[0])[:, None] for c in self.sde.marginal(t))
+        z = (x_t.flatten(1).to(torch.float64) - alpha * self.mean) @ self.basis
+        gain = alpha * self.eigenvalues / (alpha**2 * self.eigenvalues + sigma**2)
+        return (self.mean + (gain * z) @ self.basis.T).to(x_t.dtype).reshape(x_t.shape)
+
+    def error(self, noise_level: float | Tensor) -> Tensor:
+        """Root of the mean posterior variance, ``tr(Sigma s^2 (Sigma + s^2)^-1) / d``."""
+        s2 = as_time(noise_level)[..., None] ** 2
+        return torch.sqrt((self.eigenvalues * s2 / (self.eigenvalues + s2)).mean(dim=-1))
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """``(count, *shape)`` draws, float32."""
+        z = torch.randn(count, len(self.mean), generator=generator, dtype=torch.float64)
+        x = self.mean + (z * self.eigenvalues.sqrt()) @ self.basis.T
+        return x.to(torch.float32).reshape(count, *self.shape)
+
+    def posterior(self, matrix: Tensor, y: Tensor, sigma_y: float | Tensor) -> GaussianPosterior:
+        """The exact posterior for ``y = matrix x + N(0, sigma_y^2)``.
+
+        Args:
+            matrix: ``(m, d)`` dense operator on flattened images, real.
+            y: ``(m,)`` data.
+            sigma_y: noise standard deviation, a number or ``(m,)``.
+        """
+        a, s = matrix.to(torch.float64), torch.as_tensor(sigma_y, dtype=torch.float64)
+        a_cov = a @ self.covariance_matrix
+        gram = a_cov @ a.T + torch.diag((s**2).expand(len(a)))
+        gain = torch.linalg.solve(gram, a_cov).T
+        mean = self.mean + gain @ (y.to(torch.float64) - a @ self.mean)
+        covariance = self.covariance_matrix - gain @ a_cov
+        return GaussianPosterior(mean, (covariance + covariance.T) / 2)
+
+
+class MixturePrior(Denoiser):
+    r"""Gaussian mixture :math:`\sum_k w_k N(\mu_k, \Sigma_k)` over images of ``shape``.
+
+    Args:
+        weights: ``(k,)``, summing to one.
+        means: ``(k, d)``.
+        covariances: ``(k, d, d)``.
+        shape: image shape with ``prod(shape) == d``.
+        sde: forward process.
+    """
+
+    def __init__(
+        self,
+        weights: Tensor,
+        means: Tensor,
+        covariances: Tensor,
+        shape: Sequence[int],
+        sde: SDE | None = None,
+    ) -> None:
+        super().__init__(VE() if sde is None else sde)
+        self.shape = tuple(shape)
+        self.weights = weights.to(torch.float64)
+        self.components = [
+            GaussianPrior(m.reshape(self.shape), c, self.shape, self.sde)
+            for m, c in zip(means, covariances, strict=True)
+        ]
+
+    def _log_parts(self, x_t: Tensor, t: float | Tensor) -> Tensor:
+        """``log w_k N(x_t; alpha mu_k, alpha^2 Sigma_k + sigma^2 I)``, shape ``(b, k)``."""
+        alpha, sigma = (c.expand(x_t.shape[0])[:, None] for c in self.sde.marginal(t))
+        parts = []
+        for w, c in zip(self.weights, self.components, strict=True):
+            variance = alpha**2 * c.eigenvalues + sigma**2
+            z = (x_t.flatten(1).to(torch.float64) - alpha * c.mean) @ c.basis
+            parts.append(
+                w.log() - 0.5 * (z**2 / variance + torch.log(2 * math.pi * variance)).sum(dim=1)
+            )
+        return torch.stack(parts, dim=1)
+
+    def log_density(self, x_t: Tensor, t: float | Tensor) -> Tensor:
+        """``log p_t(x_t)`` in nats, shape ``(b,)``."""
+        return torch.logsumexp(self._log_parts(x_t, t), dim=1)
+
+    def denoise(self, x_t: Tensor, t: float | Tensor) -> Tensor:
+        """Responsibility-weighted means of the components."""
+        share = torch.softmax(self._log_parts(x_t, t), dim=1).to(x_t.dtype)
+        means = torch.stack([c.denoise(x_t, t).flatten(1) for c in self.components], dim=1)
+        return (share[:, :, None] * means).sum(dim=1).reshape(x_t.shape)
+
+    def posterior(
+        self, matrix: Tensor, y: Tensor, sigma_y: float
+    ) -> tuple[Tensor, list[GaussianPosterior]]:
+        """Exact posterior weights ``(k,)`` and components for ``y = matrix x + noise``."""
+        a = matrix.to(torch.float64)
+        logs = []
+        for w, c in zip(self.weights, self.components, strict=True):
+            gram = a @ c.covariance_matrix @ a.T
+            gram = gram + sigma_y**2 * torch.eye(len(a), dtype=torch.float64)
+            evidence = torch.distributions.MultivariateNormal(a @ c.mean, gram)
+            logs.append(w.log() + evidence.log_prob(y.to(torch.float64)))
+        return (
+            torch.softmax(torch.stack(logs), dim=0),
+            [c.posterior(matrix, y, sigma_y) for c in self.components],
+        )

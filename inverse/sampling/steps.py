@@ -1,0 +1,151 @@
+r"""Steps of the reverse SDE from time ``t`` to ``s < t``, given ``x0 = D(x_t, t)``.
+
+Each step is a function ``step(sde, x_t, x0, t, s, z) -> x_s`` where ``z`` is standard normal.
+It knows neither prior nor measurement.  Notation:
+:math:`\hat\varepsilon = (x_t - \alpha_t \hat x_0)/\sigma_t`, score
+:math:`= -\hat\varepsilon/\sigma_t`, and the forward transition
+:math:`x_t = r\,x_s + G z` with :math:`r = \alpha_t/\alpha_s,\ G^2 = \sigma_t^2 - r^2\sigma_s^2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from inverse.errors import ReconError
+from inverse.priors.denoiser import expand
+from inverse.sde import SDE, as_time
+
+__all__ = [
+    "Corrector",
+    "Step",
+    "ancestral",
+    "ddim",
+    "euler_maruyama",
+    "langevin",
+    "renoise",
+    "reverse_diffusion",
+]
+
+Time: TypeAlias = float | Tensor
+Step: TypeAlias = Callable[[SDE, Tensor, Tensor, Time, Time, Tensor], Tensor]
+Corrector: TypeAlias = Callable[[SDE, Tensor, Tensor, Time, Tensor], Tensor]
+
+
+def _score(sde: SDE, x_t: Tensor, x0: Tensor, t: Time) -> Tensor:
+    """``(alpha x0 - x_t) / sigma^2``."""
+    alpha, sigma = sde.marginal(t)
+    return (expand(alpha, x_t) * x0 - x_t) / expand(sigma, x_t) ** 2
+
+
+def _transition(sde: SDE, t: Time, s: Time) -> tuple[Tensor, Tensor]:
+    """``(r, G^2)`` of the forward transition from ``s`` to ``t``."""
+    r = sde.alpha(t) / sde.alpha(s)
+    return r, sde.sigma(t) ** 2 - r**2 * sde.sigma(s) ** 2
+
+
+def euler_maruyama(sde: SDE, x_t: Tensor, x0: Tensor, t: Time, s: Time, z: Tensor) -> Tensor:
+    r""":math:`x_s = x_t - [f x_t - g^2\,\mathrm{score}]\,dt + g\sqrt{dt}\,z`; weak order 1.
+
+    Source: Song et al. (ICLR 2021), equation 6.
+    """
+    dt = as_time(t) - as_time(s)
+    g2 = sde.diffusion(t) ** 2
+    drift = sde.drift(x_t, t) - expand(g2, x_t) * _score(sde, x_t, x0, t)
+    return x_t - expand(dt, x_t) * drift + expand(torch.sqrt(g2 * dt), x_t) * z
+
+
+def reverse_diffusion(sde: SDE, x_t: Tensor, x0: Tensor, t: Time, s: Time, z: Tensor) -> Tensor:
+    r""":math:`x_s = (2-r)\,x_t + G^2\,\mathrm{score} + G z`, the forward transition reversed.
+
+    Source: Song et al. (ICLR 2021), equation 46 and appendix E.
+    """
+    r, g2 = _transition(sde, t, s)
+    score = _score(sde, x_t, x0, t)
+    return expand(2 - r, x_t) * x_t + expand(g2, x_t) * score + expand(torch.sqrt(g2), x_t) * z
+
+
+def ancestral(sde: SDE, x_t: Tensor, x0: Tensor, t: Time, s: Time, z: Tensor) -> Tensor:
+    r"""A draw of :math:`q(x_s \mid x_t, x_0)`, Gaussian with
+
+    .. math:: \text{mean } \frac{r\sigma_s^2}{\sigma_t^2} x_t
+              + \frac{\alpha_s G^2}{\sigma_t^2} x_0, \qquad
+              \text{variance } \frac{\sigma_s^2 G^2}{\sigma_t^2}
+
+    Source: Ho et al., DDPM (NeurIPS 2020), equation 7; Song et al. (ICLR 2021), equation 47.
+    """  # noqa: D415
+    r, g2 = _transition(sde, t, s)
+    var_t, var_s = sde.sigma(t) ** 2, sde.sigma(s) ** 2
+    mean = expand(r * var_s / var_t, x_t) * x_t + expand(sde.alpha(s) * g2 / var_t, x_t) * x0
+    return mean + expand(torch.sqrt(var_s * g2 / var_t), x_t) * z
+
+
+def ddim(eta: float = 0.0) -> Step:
+    r"""DDIM: :math:`x_s = \alpha_s\hat x_0 + \sqrt{\sigma_s^2-\varsigma^2}\,\hat\varepsilon
+    + \varsigma z` with :math:`\varsigma = \eta\,\sigma_s G/\sigma_t`.
+
+    ``eta = 0`` is deterministic, ``eta = 1`` equals :func:`ancestral`.
+    Source: Song, Meng, Ermon, DDIM (ICLR 2021), equations 12 and 16, for any SDE.
+    """  # noqa: D205
+    _check_eta(eta)
+
+    def step(sde: SDE, x_t: Tensor, x0: Tensor, t: Time, s: Time, z: Tensor) -> Tensor:
+        alpha, sigma = sde.marginal(t)
+        _, g2 = _transition(sde, t, s)
+        sigma_s = sde.sigma(s)
+        fresh = eta * sigma_s * torch.sqrt(g2) / sigma
+        kept = torch.sqrt((sigma_s**2 - fresh**2).clamp_min(0))
+        noise = (x_t - expand(alpha, x_t) * x0) / expand(sigma, x_t)
+        return expand(sde.alpha(s), x_t) * x0 + expand(kept, x_t) * noise + expand(fresh, x_t) * z
+
+    return step
+
+
+def renoise(eta: float = 1.0) -> Step:
+    r""":math:`x_s = \alpha_s\hat x_0 + \sigma_s(\sqrt{1-\eta^2}\,\hat\varepsilon + \eta z)`.
+
+    The step of DDS and DDNM: a share ``eta`` of the noise at ``s`` is fresh whatever the length
+    of the step; ``eta = 1`` forgets ``x_t``, ``eta = 0`` is deterministic DDIM.
+    Source: Chung, Lee, Ye, DDS (ICLR 2024), algorithm 1; Wang et al., DDNM (ICLR 2023).
+    """
+    _check_eta(eta)
+
+    def step(sde: SDE, x_t: Tensor, x0: Tensor, t: Time, s: Time, z: Tensor) -> Tensor:
+        alpha, sigma = sde.marginal(t)
+        noise = (x_t - expand(alpha, x_t) * x0) / expand(sigma, x_t)
+        mixed = (1 - eta**2) ** 0.5 * noise + eta * z
+        return expand(sde.alpha(s), x_t) * x0 + expand(sde.sigma(s), x_t) * mixed
+
+    return step
+
+
+def _check_eta(eta: float) -> None:
+    if not 0.0 <= eta <= 1.0:
+        raise ReconError(f"eta, the share of fresh noise, must lie in [0, 1], got {eta}")
+
+
+def langevin(snr: float) -> Corrector:
+    r"""Langevin corrector :math:`x \leftarrow x + \epsilon\,\mathrm{score} + \sqrt{2\epsilon}z`.
+
+    .. math:: \epsilon = 2\alpha_t (r \|z\| / \|\mathrm{score}\|)^2 \approx 2\alpha_t r^2\sigma_t^2,
+              \qquad r = \mathrm{snr}
+
+    with both norms at their expectations for noise-dominated images, :math:`\sqrt d` and
+    :math:`\sqrt d/\sigma_t`.  The original takes batch means of the norms, which lets one patient
+    alter another; norms of one sample make the step depend on its state, and in few dimensions
+    blow up where the score vanishes.
+
+    Source: Song et al. (ICLR 2021), algorithms 4 and 5, appendix G.
+    """
+    if snr < 0:
+        raise ReconError(f"the corrector's snr must not be negative, got {snr}")
+
+    def correct(sde: SDE, x_t: Tensor, x0: Tensor, t: Time, z: Tensor) -> Tensor:
+        score = _score(sde, x_t, x0, t)
+        step = 2 * sde.alpha(t) * snr**2 * sde.sigma(t) ** 2
+        return x_t + expand(step, x_t) * score + expand(torch.sqrt(2 * step), x_t) * z
+
+    return correct
