@@ -1,0 +1,1 @@
+"""Training of priors: objectives, image data, and one loop."""
