@@ -1,0 +1,1 @@
+"""Doors to files: DICOM series, measurement files."""
