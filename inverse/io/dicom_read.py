@@ -290,6 +290,17 @@ class Series:
     synthetic: bool
     warnings: list[Note]
 
+    @property
+    def patient_key(self) -> str:
+        """A hash that tells patients apart without naming them; slices without PatientID share
+        one key a study.
+        """
+        from pydicom import dcmread
+
+        header = dcmread(io.BytesIO(self.templates[0]), force=True)
+        identity = str(header.get("PatientID") or header.get("StudyInstanceUID") or "")
+        return hashlib.sha256(identity.encode()).hexdigest()[:12]
+
 
 # --- headers -----------------------------------------------------------------------------------
 

@@ -1,0 +1,125 @@
+r"""A measurement: operator, data and noise; the one thing that physics hands to every solver.
+
+.. math:: y = A x + n, \qquad n \sim N(0, \mathrm{diag}(\sigma_y^2))
+
+``x`` is in physical units: linear attenuation in 1/mm for CT, signal for MRI.  Complex data have
+noise of standard deviation ``noise`` in the real and in the imaginary part each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from inverse.errors import GeometryError, InputError
+from inverse.operators.linop import LinearOperator
+
+__all__ = ["Measurement"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Data of a stack of slices measured by one operator.
+
+    Attributes:
+        operator: forward operator on one slice, in physical units.
+        data: measured values, ``(slices, *operator.out_shape)``.
+        noise: standard deviation, a 0-d tensor, or a map that broadcasts against ``data``.
+        modality: ``"CT"`` (attenuation, 1/mm) or ``"MR"`` (signal, arbitrary units).
+        pixel_mm: (row, column) spacing of the image grid in mm.
+        mu_water: attenuation of water in 1/mm at the scan's energy; fixes HU for CT.
+        provenance: how the data came about; plain JSON values, no patient data.
+
+    Raises:
+        GeometryError: data whose shape is not ``(slices, *out_shape)``.
+        InputError: data that are not finite, or a noise std that is not positive.
+    """
+
+    operator: LinearOperator
+    data: Tensor
+    noise: Tensor
+    modality: Literal["CT", "MR"]
+    pixel_mm: tuple[float, float]
+    mu_water: float | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = self.operator.out_shape
+        if self.data.ndim != len(shape) + 1 or tuple(self.data.shape[1:]) != shape:
+            raise GeometryError(
+                f"measurement data must have shape (slices, {', '.join(map(str, shape))}) for "
+                f"{self.operator!r}, got {tuple(self.data.shape)}"
+            )
+        if not bool(
+            torch.isfinite(
+                torch.view_as_real(self.data) if self.data.is_complex() else self.data
+            ).all()
+        ):
+            raise InputError(
+                "measurement data hold NaN or infinite values; remove or mask those samples"
+            )
+        if not bool((self.noise > 0).all()) or not bool(torch.isfinite(self.noise).all()):
+            raise InputError(
+                "the noise standard deviation must be positive and finite; for noise-free data "
+                "give a small one, such as 1e-4 of the data's range"
+            )
+        if self.modality == "CT" and not (self.mu_water and self.mu_water > 0):
+            raise InputError(
+                f"a CT measurement needs mu_water in 1/mm (0.0206 at 60 keV), got {self.mu_water}"
+            )
+
+    def __len__(self) -> int:
+        return int(self.data.shape[0])
+
+    def take(self, index: Tensor) -> Measurement:
+        """The measurement of the slices ``index`` (repeats allowed), as for a batch of samples."""
+        noise = self.noise
+        if noise.ndim == self.data.ndim and noise.shape[0] == len(self) and len(self) > 1:
+            noise = noise[index]
+        return replace(self, data=self.data[index], noise=noise)
+
+    def to(self, device: torch.device | str) -> Measurement:
+        """The same measurement on another device (the operator moves too)."""
+        return replace(
+            self,
+            operator=self.operator.to(device),
+            data=self.data.to(device),
+            noise=self.noise.to(device),
+        )
+
+    def rescaled(self, offset: float, scale: float) -> Measurement:
+        r"""The measurement of ``u`` where ``x = offset + scale u``; data *and* noise change.
+
+        .. math:: A u + n/s = (y - A\,o\mathbf 1)/s
+
+        This is the one place where physical units become prior units.
+        """
+        constant = torch.full(
+            self.operator.in_shape, offset, dtype=self.operator.dtype, device=self.data.device
+        )
+        data = (self.data - self.operator(constant)) / scale
+        return replace(self, data=data, noise=self.noise / abs(scale))
+
+    def whitened(self) -> Measurement:
+        r"""The equivalent measurement with unit noise: :math:`A \to A/\sigma_y`, likewise y."""
+        weight = 1.0 / self.noise
+        return replace(
+            self,
+            operator=self.operator.weighted(weight),
+            data=self.data * weight,
+            noise=torch.ones((), device=self.data.device),
+        )
+
+    def chi2(self, x: Tensor) -> Tensor:
+        r"""Reduced residual :math:`\|(y - Ax)/\sigma_y\|^2 / m` a slice, shape ``(slices,)``.
+
+        About 1 for a posterior sample; far below 1 means fitted noise, far above 1 means data
+        that were not used (METHODS of data consistency: chi-square of ``m`` real samples).
+        """
+        residual = (self.data - self.operator(x)) / self.noise
+        m = self.operator.measured * (2 if residual.is_complex() else 1)
+        return residual.abs().square().flatten(1).sum(dim=1) / m

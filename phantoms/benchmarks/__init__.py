@@ -1,0 +1,1 @@
+"""Benchmark scripts with known truth: ``python -m phantoms.benchmarks.NAME``."""

@@ -1,0 +1,52 @@
+"""``recon methods``: the samplers, what they cost and what they can claim."""
+
+from __future__ import annotations
+
+import typer
+
+from recon_cli.console import print_json, print_table
+from recon_cli.options import Json, command
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+
+    @command(app, "methods")
+    def methods(as_json: Json = False) -> None:
+        """List the reconstruction methods: cost, exactness, when to use which."""
+        from inverse.posterior.methods import METHODS
+
+        if as_json:
+            print_json(
+                {
+                    name: {
+                        "title": m.title,
+                        "options": dict(m.options),
+                        "network_calls": m.calls_per_step * int(m.options["steps"]),
+                        "jacobian": m.jacobian,
+                        "exactness": m.exactness,
+                        "noise": m.noise,
+                        "when": m.when,
+                        "reference": m.reference,
+                    }
+                    for name, m in METHODS.items()
+                }
+            )
+            return
+        rows = [
+            [
+                name,
+                m.title,
+                str(m.calls_per_step * int(m.options["steps"])),
+                m.exactness,
+                m.when,
+                m.reference,
+            ]
+            for name, m in METHODS.items()
+        ]
+        print_table(
+            "Methods (network calls a slice and sample, by default)",
+            ["name", "method", "calls", "exactness", "when", "reference"],
+            rows,
+            left=6,
+        )

@@ -1,0 +1,302 @@
+"""Options that commands share, and how a command is registered."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from recon_cli.console import VERBOSITY
+from recon_cli.errors import usage
+
+__all__ = ["command", "parse_slices"]
+
+_SCAN, _RECON, _OUT = "Measurement", "Reconstruction", "Input and output"
+
+Input = Annotated[
+    Path,
+    typer.Argument(metavar="IN", help="DICOM folder, file or zip archive.", show_default=False),
+]
+Out = Annotated[
+    Path,
+    typer.Option(
+        "--out", "-o", metavar="DIR", help="Output folder.", show_default=False,
+        rich_help_panel=_OUT,
+    ),
+]  # fmt: skip
+OutFile = Annotated[
+    Path,
+    typer.Option(
+        "--out", "-o", metavar="FILE", help="File to write.", show_default=False,
+        rich_help_panel=_OUT,
+    ),
+]  # fmt: skip
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace an earlier output of recon, once the new one is complete.",
+        rich_help_panel=_OUT,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+SeriesName = Annotated[
+    str | None,
+    typer.Option(
+        "--series",
+        help="Which series, where there are several: number, UID, or hash of 'recon inspect'.",
+        show_default=False,
+        rich_help_panel=_OUT,
+    ),
+]
+StackName = Annotated[
+    str | None,
+    typer.Option(
+        "--stack",
+        help="Which stack, as numbered by 'recon inspect'.",
+        show_default=False,
+        rich_help_panel=_OUT,
+    ),
+]
+Slices = Annotated[
+    str | None,
+    typer.Option(
+        "--slices",
+        metavar="START:STOP:STEP",
+        help="Slices to use, counted from 0 at the lowest position.",
+        show_default="all",
+        rich_help_panel=_OUT,
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of noise and samples.")]
+
+Views = Annotated[
+    int, typer.Option("--views", min=1, help="Number of views.", rich_help_panel=_SCAN)
+]
+GeometryName = Annotated[
+    Literal["parallel", "fan"],
+    typer.Option("--geometry", help="Beam.", rich_help_panel=_SCAN),
+]
+Arc = Annotated[
+    float | None,
+    typer.Option(
+        "--arc",
+        metavar="DEG",
+        min=1.0,
+        max=360.0,
+        help="Angle that the views cover.",
+        show_default="180 for parallel, 360 for fan",
+        rich_help_panel=_SCAN,
+    ),
+]
+Photons = Annotated[
+    float,
+    typer.Option(
+        "--photons",
+        min=1.0,
+        help="Photons a detector bin in air; fewer is a lower dose.",
+        rich_help_panel=_SCAN,
+    ),
+]
+Matrix = Annotated[
+    int | None,
+    typer.Option(
+        "--matrix",
+        min=16,
+        max=1024,
+        help="Rows and columns of the reconstruction, over the same field of view.",
+        show_default="256, or the images' where smaller",
+        rich_help_panel=_SCAN,
+    ),
+]
+Acceleration = Annotated[
+    float,
+    typer.Option(
+        "--acceleration", min=1.0, help="k-space size over samples.", rich_help_panel=_SCAN
+    ),
+]
+MaskName = Annotated[
+    Literal["uniform1d", "random1d", "gaussian1d", "gaussian2d"],
+    typer.Option("--mask", help="Sampling pattern in k-space.", rich_help_panel=_SCAN),
+]
+Centre = Annotated[
+    float,
+    typer.Option(
+        "--centre",
+        min=0.0,
+        max=1.0,
+        help="Share of k-space around its centre that is always sampled.",
+        rich_help_panel=_SCAN,
+    ),
+]
+
+NoiseLevel = Annotated[
+    float,
+    typer.Option(
+        "--noise",
+        min=1e-6,
+        help="Noise std relative to water (CT) or to the brightest signal (MR).",
+        rich_help_panel=_SCAN,
+    ),
+]
+Hole = Annotated[
+    float,
+    typer.Option(
+        "--hole",
+        min=0.01,
+        max=0.99,
+        help="Side of the missing square relative to the image's, or share of missing pixels.",
+        rich_help_panel=_SCAN,
+    ),
+]
+HoleKind = Annotated[
+    Literal["square", "pixels"],
+    typer.Option("--hole-kind", help="What is missing.", rich_help_panel=_SCAN),
+]
+
+PriorName = Annotated[
+    str | None,
+    typer.Option(
+        "--prior",
+        metavar="NAME|FILE",
+        help="Bundled prior ('recon priors list') or a .safetensors file.",
+        show_default="the bundled prior of the modality",
+        rich_help_panel=_RECON,
+    ),
+]
+MethodName = Annotated[
+    str, typer.Option("--method", help="Sampler; see 'recon methods'.", rich_help_panel=_RECON)
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        "--steps",
+        min=1,
+        help="Sampler steps; each costs one network call a slice and sample, or two.",
+        show_default="the method's",
+        rich_help_panel=_RECON,
+    ),
+]
+Samples = Annotated[
+    int,
+    typer.Option(
+        "--samples",
+        min=1,
+        help="Posterior samples a slice; 8 or more for a useful std map.",
+        rich_help_panel=_RECON,
+    ),
+]
+Batch = Annotated[
+    int,
+    typer.Option(
+        "--batch",
+        min=1,
+        help="Images a network call; the result does not depend on it.",
+        rich_help_panel=_RECON,
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="auto|cpu|cuda", help="Where to compute.", rich_help_panel=_RECON
+    ),
+]
+TvWeight = Annotated[
+    float | None,
+    typer.Option(
+        "--tv-weight",
+        min=1e-9,
+        help="Weight of total variation in the TV baseline.",
+        show_default="tuned on phantoms",
+        rich_help_panel=_RECON,
+    ),
+]
+
+Tv = Annotated[
+    bool,
+    typer.Option(
+        "--tv/--no-tv",
+        help="Run the TV baseline, which takes about as long as the prior.",
+        rich_help_panel=_RECON,
+    ),
+]
+
+_SHARED = {
+    "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only.")],
+    "verbose": Annotated[bool, typer.Option("--verbose", "-v", help="Print more of the log.")],
+    "debug": Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")],
+}
+
+
+def command(
+    app: typer.Typer, name: str, *, examples: str = "", **settings: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as a command that also has ``--quiet``, ``--verbose``, ``--debug``.
+
+    Args:
+        app: group of the command.
+        name: its name.
+        examples: command lines for the end of its help, one a line.
+        **settings: passed to ``typer.Typer.command``.
+    """
+    lines = [line.strip() for line in examples.strip().splitlines()]
+    epilog = "[bold]Examples[/bold]\n\n" + "\n\n".join(lines) if lines else None
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(*, quiet: bool, verbose: bool, debug: bool, **given: Any) -> None:
+            VERBOSITY.apply(quiet=quiet, verbose=verbose, debug=debug)
+            with warnings.catch_warnings():
+                # third-party warnings print values of headers, and nobody can act on them
+                warnings.simplefilter("default" if debug else "ignore")
+                function(**given)
+
+        hints = get_type_hints(function, include_extras=True) | _SHARED
+        own = inspect.signature(function).parameters.values()
+        parameters = [
+            p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in own
+        ]
+        parameters += [
+            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=a)
+            for n, a in _SHARED.items()
+        ]
+        vars(run)["__signature__"] = inspect.Signature(parameters)
+        run.__annotations__ = hints
+        del vars(run)["__wrapped__"]
+        app.command(name, epilog=epilog, **settings)(run)
+        return function
+
+    return register
+
+
+def parse_slices(text: str | None, count: int) -> list[int]:
+    """Indices of ``START:STOP:STEP`` (or of one number) among ``count`` slices.
+
+    Raises:
+        typer.BadParameter: not of that form, or a step of zero.
+        InputError: nothing is selected.
+    """
+    from inverse.errors import InputError
+
+    if text is None:
+        return list(range(count))
+    try:
+        parts = [int(part) if part.strip() else None for part in text.split(":")]
+    except ValueError:
+        parts = []
+    if not 1 <= len(parts) <= 3 or (len(parts) == 1 and parts[0] is None) or parts[2:] == [0]:
+        raise usage(f"--slices '{text}' is not START:STOP:STEP, such as 10:50:4, or one number")
+    if len(parts) == 1:
+        chosen = [i for i in range(count) if i == parts[0]]
+    else:
+        chosen = list(range(count))[slice(*parts)]
+    if not chosen:
+        raise InputError(
+            f"--slices {text} selects nothing of the {count} slices, numbered 0 to {count - 1}"
+        )
+    return chosen

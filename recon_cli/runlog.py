@@ -1,0 +1,130 @@
+"""``run.json``: everything needed to tell what was run and to run it again; no patient data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from recon_cli.console import log, plain_json
+
+__all__ = ["RunLog", "sha256_of", "versions", "write_json"]
+
+SCHEMA_VERSION = 1
+ARGV: list[str] = []
+"""The arguments of the running command, as the shell gave them."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of the toolkit and of what its numbers depend on."""
+    from inverse import __version__
+
+    found = {"recon-sde": __version__, "python": platform.python_version()}
+    for name in ("torch", "numpy", "scipy", "astra-toolbox", "pydicom"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_of(path: Path) -> dict[str, Any]:
+    """Hash of a file, or of a folder's files (contents only, so that names do not matter)."""
+    if path.is_file():
+        return {"files": 1, "sha256": _file_hash(path)}
+    digests = sorted(_file_hash(p) for p in path.rglob("*") if p.is_file() and not p.is_symlink())
+    return {
+        "files": len(digests),
+        "sha256": hashlib.sha256("".join(digests).encode()).hexdigest(),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with non-finite numbers as null."""
+    path.write_text(json.dumps(plain_json(value), indent=2) + "\n")
+
+
+class RunLog:
+    """Collects what ``run.json`` holds while a command runs.
+
+    Args:
+        command: name of the command.
+        paths: paths among the arguments and what to write in their place, since folder names
+            often hold patients' names.
+    """
+
+    def __init__(self, command: str, paths: Mapping[Path, str]) -> None:
+        self.command = command
+        self.started = datetime.now(UTC)
+        self.warnings: list[dict[str, str]] = []
+        self.timings: dict[str, float] = {}
+        self.settings: dict[str, Any] = {}
+        self.inputs: dict[str, Any] = {}
+        self.outputs: dict[str, Any] = {}
+        self.prior: dict[str, Any] | None = None
+        self.seed = 0
+        self.device = "cpu"
+        self.simulation = False
+        self._paths = dict(paths)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a part of the run."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.timings[name] = round(self.timings.get(name, 0.0) + time.monotonic() - start, 3)
+
+    def warn(self, code: str, text: str) -> None:
+        """Record a warning and show it."""
+        self.warnings.append({"code": code, "text": text})
+        log(f"warning: {text} [{code}]")
+
+    def notes(self, notes: Sequence[tuple[str, str]]) -> None:
+        """Record the (code, text) findings of a reader."""
+        for code, text in notes:
+            self.warn(code, text)
+
+    def _argument(self, argument: str) -> str:
+        """A known path (``DIR``, ``--option=DIR``, ``-oDIR``) by its word, another by its name."""
+        for path, word in self._paths.items():
+            for prefix in ("", "-o", argument.partition("=")[0] + "="):
+                rest = argument.removeprefix(prefix)
+                if argument.startswith(prefix) and rest and Path(rest) == path:
+                    return prefix + word
+        option, equals, value = argument.rpartition("=")
+        return f"{option}{equals}{Path(value).name}" if "/" in value else argument
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ``run.json``."""
+        result = {
+            "schema_version": SCHEMA_VERSION,
+            "command": self.command,
+            "argv": ["recon", *(self._argument(a) for a in ARGV)],
+            "started": self.started.isoformat(timespec="seconds"),
+            "retrospective_simulation": self.simulation,
+            "versions": versions(),
+            "platform": f"{platform.system()} {platform.machine()}",
+            "device": self.device,
+            "seed": self.seed,
+            "settings": self.settings,
+            "inputs": self.inputs,
+            "prior": self.prior,
+            "outputs": self.outputs,
+            "warnings": self.warnings,
+            "timings_seconds": self.timings,
+        }
+        return dict(plain_json(result))

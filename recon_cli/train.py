@@ -1,0 +1,449 @@
+"""``recon train``: train a prior on a folder of images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from recon_cli import runlog
+from recon_cli.console import VERBOSITY, log, print_json
+from recon_cli.errors import usage
+from recon_cli.options import Json, command
+from recon_cli.output import check_file
+
+if TYPE_CHECKING:
+    from inverse.training.data import ImageSet
+
+_DATA, _NET, _CARD = "Data", "Network and run", "Prior card"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One ``--data`` argument: a path and how often it is drawn."""
+
+    path: Path
+    weight: float
+
+
+def _source(text: str) -> _Source:
+    """``PATH`` or ``PATH:WEIGHT``."""
+    head, colon, tail = text.rpartition(":")
+    if colon and head and not Path(text).exists():
+        try:
+            weight = float(tail)
+        except ValueError:
+            weight = 0.0
+        if weight > 0:
+            return _Source(Path(head), weight)
+        raise usage(f"--data '{text}' is not PATH or PATH:WEIGHT with a positive weight")
+    return _Source(Path(text), 1.0)
+
+
+def _selection(texts: Sequence[str]) -> dict[str, list[str]]:
+    """``collection=A,B`` as ``{"collection": ["A", "B"]}``; repeats add up."""
+    result: dict[str, list[str]] = {}
+    for text in texts:
+        column, equals, values = text.partition("=")
+        if not equals or not column or not values:
+            raise usage(f"'{text}' is not COLUMN=VALUE[,VALUE...], such as collection=A,B")
+        result.setdefault(column, []).extend(values.split(","))
+    return result
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    try:
+        widths = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        widths = ()
+    if not widths or min(widths) < 1:
+        raise usage(f"--widths '{text}' must be positive numbers, such as 32,64,96,144")
+    return widths
+
+
+def _phantoms(patients: int, weight: float, size: int, seed: int) -> ImageSet:
+    """Random chests with lesions, four slices each, on a fine grid as a CT of the chest has."""
+    import numpy as np
+
+    from inverse.training.data import ImageSet
+    from phantoms.anatomy import AIR_HU, thorax
+
+    images, pixels, keys = [], [], []
+    pixel = 400.0 / size
+    for patient in range(patients):
+        body = thorax(seed + patient)
+        heights = list(np.random.default_rng([seed, patient]).uniform(-60, 60, 4))
+        volume = AIR_HU + body.volume(
+            (4, size, size), (3.0, pixel, pixel), z_positions=heights, sub_slices=2
+        )
+        images += [np.clip(image, -1024, 3071).astype(np.float32) for image in volume]
+        pixels += [pixel] * 4
+        keys += [f"phantom-{seed + patient}"] * 4
+        if patient % 50 == 49:
+            log(f"{patient + 1} of {patients} phantoms")
+    return ImageSet(tuple(images), tuple(pixels), tuple(keys), AIR_HU, weight)
+
+
+def _describe(source: _Source, images: ImageSet, licence: str, citation: str) -> dict[str, Any]:
+    return {
+        "name": source.path.stem,
+        "licence": licence or "not stated",
+        "patients": len(images.patients),
+        "slices": len(images),
+        "weight": source.weight,
+        "citation": citation or "not stated",
+    }
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+
+    @command(
+        app,
+        "train",
+        examples="""
+        recon train --data CT_FOLDER --modality ct --out prior.safetensors --minutes 60
+        recon train --modality ct -o p.safetensors --data fine.npz:0.55 --data coarse.npz:0.2
+        recon train --modality ct -o p.safetensors --data a.npz --select collection=A,B
+        recon train --modality ct -o p.safetensors --data a.npz --validation-data b.npz
+        """,
+    )
+    def train(
+        data: Annotated[
+            list[str],
+            typer.Option(
+                metavar="PATH[:WEIGHT]",
+                help="DICOM folder or zip, or .npz stack with a .csv beside it; repeat for more. "
+                "WEIGHT is how often it is drawn relative to the others.",
+                show_default=False,
+                rich_help_panel=_DATA,
+            ),
+        ],
+        modality: Annotated[
+            Literal["ct", "mr"],
+            typer.Option(help="Kind of image.", show_default=False, rich_help_panel=_DATA),
+        ],
+        out: Annotated[
+            Path,
+            typer.Option(
+                "--out",
+                "-o",
+                metavar="FILE",
+                help="Prior to write (.safetensors).",
+                show_default=False,
+            ),
+        ],
+        select: Annotated[
+            list[str] | None,
+            typer.Option(
+                metavar="COLUMN=A,B",
+                help="For .npz data whose table has the column: keep these rows.",
+                show_default=False,
+                rich_help_panel=_DATA,
+            ),
+        ] = None,
+        validation_data: Annotated[
+            Path | None,
+            typer.Option(
+                metavar="PATH",
+                help="Held-out images.",
+                show_default="a tenth of the patients",
+                rich_help_panel=_DATA,
+            ),
+        ] = None,
+        validation_select: Annotated[
+            list[str] | None,
+            typer.Option(
+                metavar="COLUMN=A,B",
+                help="Rows of the validation data to keep.",
+                show_default=False,
+                rich_help_panel=_DATA,
+            ),
+        ] = None,
+        phantoms: Annotated[
+            int,
+            typer.Option(min=0, help="Random chest phantoms to add (CT).", rich_help_panel=_DATA),
+        ] = 0,
+        phantom_weight: Annotated[
+            float,
+            typer.Option(min=0.001, help="How often phantoms are drawn.", rich_help_panel=_DATA),
+        ] = 0.25,
+        steps: Annotated[
+            int, typer.Option(min=1, help="Optimiser steps.", rich_help_panel=_NET)
+        ] = 10_000,
+        minutes: Annotated[
+            float | None,
+            typer.Option(
+                min=0.01,
+                help="Stop after this time; the same command with the same --run continues.",
+                show_default="no limit",
+                rich_help_panel=_NET,
+            ),
+        ] = None,
+        run: Annotated[
+            Path | None,
+            typer.Option(
+                metavar="DIR",
+                help="Folder of state and log; an existing state is continued.",
+                show_default="OUT with the suffix .run",
+                rich_help_panel=_NET,
+            ),
+        ] = None,
+        seed: Annotated[
+            int, typer.Option(min=0, help="Seed of everything.", rich_help_panel=_NET)
+        ] = 0,
+        widths: Annotated[
+            str,
+            typer.Option(help="Channels of the network's levels.", rich_help_panel=_NET),
+        ] = "32,64,96,144",
+        size: Annotated[
+            int,
+            typer.Option(min=16, help="Rows and columns of the image grid.", rich_help_panel=_NET),
+        ] = 256,
+        crop: Annotated[
+            int,
+            typer.Option(min=16, help="Side of the crops of most steps.", rich_help_panel=_NET),
+        ] = 128,
+        batch: Annotated[
+            int, typer.Option(min=1, help="Crops a step.", rich_help_panel=_NET)
+        ] = 16,
+        learning_rate: Annotated[
+            float, typer.Option("--lr", min=1e-8, help="Learning rate.", rich_help_panel=_NET)
+        ] = 1e-3,
+        pixel_mm: Annotated[
+            str,
+            typer.Option(
+                metavar="MIN:MAX",
+                help="Range of pixel sizes, mm.",
+                rich_help_panel=_NET,
+            ),
+        ] = "1.1:2.0",
+        bfloat16: Annotated[
+            bool,
+            typer.Option(
+                "--bfloat16", help="Network arithmetic in bfloat16.", rich_help_panel=_NET
+            ),
+        ] = False,
+        device: Annotated[
+            str, typer.Option(metavar="auto|cpu|cuda", help="Device.", rich_help_panel=_NET)
+        ] = "auto",
+        name: Annotated[
+            str | None,
+            typer.Option(
+                help="Name of the prior.", show_default="the file's", rich_help_panel=_CARD
+            ),
+        ] = None,
+        licence: Annotated[
+            str, typer.Option(help="Licence of the data.", rich_help_panel=_CARD)
+        ] = "",
+        citation: Annotated[
+            str, typer.Option(help="Citation of the data.", rich_help_panel=_CARD)
+        ] = "",
+        limits: Annotated[
+            list[str] | None,
+            typer.Option(
+                "--limit",
+                help="A known limit, in a sentence; repeat for more.",
+                show_default=False,
+                rich_help_panel=_CARD,
+            ),
+        ] = None,
+        overwrite: Annotated[
+            bool, typer.Option("--overwrite", help="Replace an existing prior file.")
+        ] = False,
+        as_json: Json = False,
+    ) -> None:
+        """Train a prior by denoising score matching; resumable, patient-wise validation."""
+        sources = [_source(text) for text in data]
+        wanted, held_rows = _selection(select or []), _selection(validation_select or [])
+        shape = _widths(widths)
+        low, high = _pixel_range(pixel_mm)
+        if held_rows and validation_data is None:
+            raise usage("--validation-select needs --validation-data")
+        if phantoms and modality != "ct":
+            raise usage("--phantoms are CT images; leave them out for --modality mr")
+        check_file(out, overwrite)
+
+        from inverse.errors import CheckpointError
+        from inverse.priors import NetworkConfig, PriorCard
+        from inverse.training.data import Augmentation, load_images, split_by_patient
+        from inverse.training.loop import TrainConfig
+        from inverse.training.loop import train as fit
+        from recon_cli.pipeline import pick_device
+
+        if out.suffix != ".safetensors":
+            raise CheckpointError(f"a prior file ends in .safetensors, got '{out.name}'")
+        device = pick_device(device)
+        kind: Literal["CT", "MR"] = "CT" if modality == "ct" else "MR"
+        sets: list[ImageSet] = []
+        for source in sources:
+            rows = wanted if source.path.suffix == ".npz" else {}
+            rows = {k: v for k, v in rows.items() if k in _columns(source.path)}
+            sets.append(load_images(source.path, kind, select=rows, weight=source.weight))
+            log(f"{source.path.name}: {len(sets[-1])} slices, {len(sets[-1].patients)} patients")
+        if validation_data is not None:
+            held = load_images(validation_data, kind, select=held_rows)
+        else:
+            sets, held = _split(sets, seed, split_by_patient)
+        described = [
+            _describe(source, images, licence, citation)
+            for source, images in zip(sources, sets, strict=True)
+        ]
+        if phantoms:
+            sets.append(_phantoms(phantoms, phantom_weight, 2 * size, 100_000 + seed))
+            described.append(
+                {
+                    "name": "random chest phantoms",
+                    "licence": "made by this toolkit",
+                    "patients": phantoms,
+                    "slices": len(sets[-1]),
+                    "weight": phantom_weight,
+                    "citation": "recon-sde, phantoms.anatomy.thorax",
+                }
+            )
+        log(f"held out: {len(held)} slices, {len(held.patients)} patients")
+        card = PriorCard(
+            name=name or out.stem,
+            modality=kind,
+            unit="HU" if kind == "CT" else "relative",
+            offset=-500.0 if kind == "CT" else 0.5,
+            scale=500.0 if kind == "CT" else 0.5,
+            value_range=(0.0, 0.0),
+            pixel_mm_range=(low, high),
+            shape=(size, size),
+            sigma_range=TrainConfig.sigma_range,
+            training_data=tuple(described),
+            training={"argv": _public_argv()},
+            limits=tuple(limits or ()),
+        )
+        config = TrainConfig(
+            steps=steps, batch=batch, crop=crop, lr=learning_rate, seed=seed, bfloat16=bfloat16
+        )
+        with _Progress() as watch:
+            done = fit(
+                sets,
+                held,
+                NetworkConfig(widths=shape),
+                config,
+                card,
+                run or out.with_suffix(".run"),
+                out,
+                augmentation=Augmentation(size=size, pixel_mm=(low, high)),
+                device=device,
+                minutes=minutes,
+                callback=watch,
+            )
+        summary = {
+            "out": str(out),
+            "name": done.name,
+            "steps": done.training["steps"],
+            "minutes": done.training["minutes"],
+            "validation_rmse": done.training["validation_rmse"],
+            "sha256": done.sha256,
+        }
+        if as_json:
+            print_json(summary)
+            return
+        print(f"{out}: {done.name}, {summary['steps']} steps, {summary['minutes']} minutes")
+        losses = ", ".join(f"{k}: {v:.4g}" for k, v in done.training["validation_rmse"].items())
+        print(f"held-out RMSE by noise level (prior units): {losses}")
+
+
+def _columns(path: Path) -> Sequence[str]:
+    """Columns of the table beside an npz stack, so that a selection applies where it can."""
+    import csv
+
+    table = path.with_suffix(".csv")
+    if path.suffix != ".npz" or not table.is_file():
+        return ()
+    with table.open(newline="") as stream:
+        return next(csv.reader(stream), [])
+
+
+def _pixel_range(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(":"))
+    except ValueError:
+        low = high = 0.0
+    if not 0 < low <= high:
+        raise usage(f"--pixel-mm '{text}' is not MIN:MAX with 0 < MIN <= MAX, such as 1.1:2.0")
+    return low, high
+
+
+def _split(
+    sets: Sequence[ImageSet], seed: int, split: Any, fraction: float = 0.1
+) -> tuple[list[ImageSet], ImageSet]:
+    """A tenth of all patients for validation, none of them in any training set."""
+    merged = replace(
+        sets[0],
+        images=tuple(i for s in sets for i in s.images),
+        pixel_mm=tuple(p for s in sets for p in s.pixel_mm),
+        patient=tuple(p for s in sets for p in s.patient),
+    )
+    _, held = split(merged, fraction, seed)
+    out = set(held.patients)
+    kept = [s.where([p not in out for p in s.patient]) for s in sets]
+    return kept, held
+
+
+def _public_argv() -> str:
+    """The command without folder names, which may hold a patient's."""
+    words = ["recon"]
+    for word in runlog.ARGV:
+        option, equals, value = word.rpartition("=")
+        words.append(f"{option}{equals}{Path(value).name}" if "/" in value else word)
+    return " ".join(words)
+
+
+class _Progress:
+    """Loss, speed and time left: a moving line on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        import sys
+
+        self._moving = sys.stderr.isatty() and not VERBOSITY.quiet
+        self._first: tuple[int, float] | None = None
+        self._last = 0.0
+        self._loss = 0.0
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import sys
+
+        if self._moving:
+            sys.stderr.write("\n")
+
+    def __call__(self, step: int, steps: int, record: Mapping[str, Any]) -> None:
+        import sys
+
+        seconds = float(record["seconds"])
+        self._loss = (
+            float(record["loss"])
+            if not self._loss
+            else (0.98 * self._loss + 0.02 * float(record["loss"]))
+        )
+        if self._first is None:
+            self._first = (step, seconds)
+        pause = 1.0 if self._moving else 30.0
+        checked = record.get("validation")
+        if seconds - self._last < pause and not checked and step < steps:
+            return
+        self._last = seconds
+        rate = (step - self._first[0]) / max(seconds - self._first[1], 1e-9)
+        left = (steps - step) / rate / 60 if rate > 0 else float("nan")
+        text = (
+            f"step {step} of {steps}, loss {self._loss:.4f}, {rate:.2f} steps/s, "
+            f"{left:.0f} min left"
+        )
+        if checked:
+            text += "; held-out RMSE " + ", ".join(f"{k}: {v:.4g}" for k, v in checked.items())
+        if self._moving and not checked:
+            sys.stderr.write(f"\r\x1b[2Krecon: {text}")
+            sys.stderr.flush()
+        else:
+            log(text)

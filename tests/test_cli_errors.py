@@ -1,0 +1,294 @@
+"""Bad input: one line on stderr, the right exit code, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cli_tools import recon, series, tiny_prior
+
+
+@pytest.fixture(scope="module")
+def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_prior(tmp_path_factory.mktemp("prior") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def ct(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return series(tmp_path_factory.mktemp("series") / "ct", 4)
+
+
+class Refusal:
+    """Run a command that must fail: its exit code, and the one line that it leaves."""
+
+    def __init__(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.root, self.capsys = root, capsys
+
+    def __call__(self, *arguments: object) -> tuple[int, str]:
+        before = sorted(self.root.rglob("*"))
+        self.capsys.readouterr()
+        code = recon(*arguments, "--quiet")
+        out, err = self.capsys.readouterr()
+        assert out == ""
+        lines = err.splitlines()
+        assert len(lines) == 1, err
+        assert lines[0].startswith("recon: error: ")
+        assert sorted(self.root.rglob("*")) == before
+        return code, lines[0]
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refusal:
+    return Refusal(tmp_path, capsys)
+
+
+def study(path: Path, out: Path, prior: Path, *more: object) -> list[object]:
+    return [
+        "study",
+        "ct",
+        path,
+        "-o",
+        out,
+        "--prior",
+        prior,
+        "--matrix",
+        64,
+        "--steps",
+        2,
+        "--no-tv",
+        *more,
+    ]
+
+
+def test_empty_folder(refused: Refusal, tmp_path: Path, prior: Path) -> None:
+    (tmp_path / "in").mkdir()
+    code, line = refused(*study(tmp_path / "in", tmp_path / "deep" / "out", prior))
+    assert code == 3
+    assert "holds no files" in line
+
+
+def test_absent_folder(refused: Refusal, tmp_path: Path, prior: Path) -> None:
+    code, line = refused(*study(tmp_path / "nowhere", tmp_path / "out", prior))
+    assert (code, "does not exist" in line) == (3, True)
+
+
+def test_two_series(refused: Refusal, tmp_path: Path, prior: Path) -> None:
+    series(tmp_path / "in" / "a", 2, seed=1)
+    series(tmp_path / "in" / "b", 3, seed=2)
+    code, line = refused(*study(tmp_path / "in", tmp_path / "out", prior))
+    assert code == 4
+    assert "--series" in line
+    assert "recon inspect" in line
+
+
+def test_missing_slice(refused: Refusal, tmp_path: Path, ct: Path, prior: Path) -> None:
+    shutil.copytree(ct, tmp_path / "in")
+    (tmp_path / "in" / "0002.dcm").unlink()
+    code, line = refused(*study(tmp_path / "in", tmp_path / "out", prior))
+    assert code == 4
+    assert "MISSING_SLICES" in line or "UNEVEN" in line
+
+
+def test_truncated_file(refused: Refusal, tmp_path: Path, ct: Path, prior: Path) -> None:
+    shutil.copytree(ct, tmp_path / "in")
+    file = tmp_path / "in" / "0003.dcm"
+    file.write_bytes(file.read_bytes()[:-3000])
+    assert refused(*study(tmp_path / "in", tmp_path / "out", prior))[0] == 4
+
+
+def test_not_dicom(refused: Refusal, tmp_path: Path, prior: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no image")
+    code, line = refused(*study(tmp_path / "notes.txt", tmp_path / "out", prior))
+    assert code == 3
+    assert "no CT or MR images" in line
+    assert refused("inspect", tmp_path / "notes.txt")[0] == 3
+
+
+def test_prior_of_another_modality(refused: Refusal, tmp_path: Path, ct: Path) -> None:
+    mr = tiny_prior(tmp_path / "mr.safetensors", "MR")
+    code, line = refused(*study(ct, tmp_path / "out", mr))
+    assert code == 10
+    assert "MR" in line
+    assert "CT" in line
+
+
+def test_no_prior_for_mr(refused: Refusal, tmp_path: Path) -> None:
+    series(tmp_path / "in", modality="MR")
+    code, line = refused("study", "mri", tmp_path / "in", "-o", tmp_path / "out")
+    assert code == 10
+    assert "--prior" in line
+
+
+def test_modality_of_the_images(refused: Refusal, tmp_path: Path, prior: Path) -> None:
+    series(tmp_path / "in", modality="MR")
+    code, line = refused(*study(tmp_path / "in", tmp_path / "out", prior))
+    assert code == 4
+    assert "study mri" in line
+
+
+def test_pickled_prior_is_refused_unopened(refused: Refusal, tmp_path: Path, ct: Path) -> None:
+    class Canary:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "canary"),)
+
+    file = tmp_path / "prior.pt"
+    file.write_bytes(pickle.dumps(Canary()))
+    code, line = refused(*study(ct, tmp_path / "out", file))
+    assert code == 10
+    assert "pickled" in line
+    file.rename(tmp_path / "prior.safetensors")
+    assert refused(*study(ct, tmp_path / "out", tmp_path / "prior.safetensors"))[0] == 10
+    assert refused("priors", "verify", tmp_path / "prior.safetensors")[0] == 10
+
+
+def test_changed_prior(refused: Refusal, tmp_path: Path, prior: Path) -> None:
+    data = bytearray(prior.read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "bad.safetensors").write_bytes(data)
+    code, line = refused("priors", "verify", tmp_path / "bad.safetensors")
+    assert code == 10
+    assert "sha256" in line
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--views", "0"],
+        ["--views", "many"],
+        ["--method", "magic"],
+        ["--geometry", "cone"],
+        ["--slices", "a:b"],
+        ["--slices", "0:4:0"],
+        ["--no-such-option"],
+    ],
+)
+def test_usage(refused: Refusal, tmp_path: Path, ct: Path, prior: Path, wrong: list[str]) -> None:
+    code, line = refused(*study(ct, tmp_path / "out", prior, *wrong))
+    assert code == 2
+    assert "--help" in line
+
+
+def test_no_slices_left(refused: Refusal, tmp_path: Path, ct: Path, prior: Path) -> None:
+    code, line = refused(*study(ct, tmp_path / "out", prior, "--slices", "7:"))
+    assert (code, "numbered 0 to 3" in line) == (4, True)
+
+
+def test_existing_output(refused: Refusal, tmp_path: Path, ct: Path, prior: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    assert refused(*study(ct, out, prior))[0] == 6
+    code, line = refused(*study(ct, out, prior, "--overwrite"))
+    assert code == 6, "--overwrite replaces earlier outputs only"
+    assert "run.json" in line
+    (tmp_path / "m.h5").write_text("mine")
+    assert refused("simulate", "ct", ct, "-o", tmp_path / "m.h5")[0] == 6
+    assert (out / "precious.txt").read_text() == "mine"
+
+
+def test_overwrite_never_removes_the_input(
+    refused: Refusal, tmp_path: Path, ct: Path, prior: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(ct, out / "phantom")
+    (out / "run.json").write_text("{}")
+    assert refused(*study(out / "phantom", out, prior, "--overwrite"))[0] == 6
+    assert len(list((out / "phantom").iterdir())) == 4
+
+
+def test_output_below_a_file(refused: Refusal, tmp_path: Path, ct: Path, prior: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert refused(*study(ct, tmp_path / "file" / "out", prior))[0] == 6
+
+
+def test_absent_device(refused: Refusal, tmp_path: Path, ct: Path, prior: Path) -> None:
+    code, line = refused(*study(ct, tmp_path / "out", prior, "--device", "cuda:99"))
+    assert (code, "doctor" in line) == (7, True)
+
+
+def test_report_of_no_output(refused: Refusal, tmp_path: Path) -> None:
+    assert refused("report", tmp_path)[0] == 3
+
+
+def test_damaged_measurement_file(refused: Refusal, tmp_path: Path, prior: Path) -> None:
+    (tmp_path / "m.h5").write_bytes(b"not HDF5")
+    arguments = ["reconstruct", tmp_path / "m.h5", "-o", tmp_path / "out", "--prior", prior]
+    assert refused(*arguments)[0] == 4
+    arguments[1] = tmp_path / "absent.h5"
+    assert refused(*arguments)[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ZeroDivisionError("by\nzero"), 1, "--debug"),
+        (MemoryError(), 7, "--batch"),
+        (OSError(28, "No space left on device", "x.dcm"), 7, "space"),
+        (PermissionError(13, "Permission denied", "x.dcm"), 6, "permission"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_happens_in_the_middle(
+    refused: Refusal,
+    tmp_path: Path,
+    ct: Path,
+    prior: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    words: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("recon_cli.pipeline._write_dicom", fail)
+    got, line = refused(*study(ct, tmp_path / "new" / "out", prior))
+    assert (got, words in line) == (code, True)
+
+
+def test_debug_shows_the_traceback(
+    tmp_path: Path, ct: Path, prior: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recon(*study(ct, tmp_path / "out", prior, "--method", "magic", "--debug")) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_failed_overwrite_keeps_the_earlier_output(
+    refused: Refusal, tmp_path: Path, ct: Path, prior: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.json").write_text('{"earlier": true}')
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("recon_cli.pipeline._write_dicom", fail)
+    assert refused(*study(ct, out, prior, "--overwrite"))[0] == 7
+    assert (out / "run.json").read_text() == '{"earlier": true}'
+
+
+def test_sigterm_leaves_nothing(tmp_path: Path, ct: Path, prior: Path) -> None:
+    arguments = [str(a) for a in study(ct, tmp_path / "out", prior, "--steps", 100000)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "recon_cli.app", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143, err
+    assert "terminated" in err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,115 @@
+"""Data consistency against dense linear algebra, and the methods' bias against exact posteriors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from inverse.errors import ReconError
+from inverse.measurement import Measurement
+from inverse.operators.mri import CartesianMRI, centred_fft, centred_ifft
+from inverse.posterior import METHODS, Problem, Proximal, song_projection
+from inverse.sde import VE, VP
+from phantoms.benchmarks.calibration import SETTINGS, field, measure, two_dimensional
+
+
+def test_song_projection_is_the_papers_closed_form_where_t_is_orthonormal() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> torch.Tensor:
+        return torch.randn(2, 8, 8, generator=generator, dtype=torch.complex64)
+
+    mask = torch.rand(8, 8, generator=generator) < 0.4
+    y = torch.where(mask, centred_fft(draw()), 0)
+    x, z, sde, t, lam = draw(), draw(), VP(), 0.4, 0.7
+    measurement = Measurement(CartesianMRI(mask), y, torch.tensor(0.1), "MR", (1.0, 1.0))
+    got = song_projection(measurement, sde, lambda: z, lam=lam)(x, torch.tensor(t))
+    alpha, sigma = (float(c) for c in sde.marginal(t))
+    y_t = alpha * y + sigma * torch.where(mask, centred_fft(z), 0)
+    k = centred_fft(x)
+    paper = centred_ifft(torch.where(mask, lam * y_t + (1 - lam) * k, k))
+    torch.testing.assert_close(got, paper, rtol=1e-4, atol=1e-5)
+
+
+def test_hard_song_projection_replaces_measured_and_keeps_the_rest() -> None:
+    fixture = two_dimensional()
+    x = torch.tensor([[[3.0, -2.0]]])
+    project = song_projection(fixture.measurement, fixture.prior.sde, lambda: 0 * x, lam=1.0)
+    torch.testing.assert_close(project(x, torch.tensor(0.5)), torch.tensor([[[1.0, -2.0]]]))
+    with pytest.raises(ReconError, match="lambda must lie in"):
+        song_projection(fixture.measurement, VE(), lambda: x, lam=0.0)
+
+
+def test_proximal_solves_its_equation() -> None:
+    fixture = field(side=8, views=4)
+    white = fixture.measurement.whitened()
+    a = white.operator(torch.eye(64).reshape(64, 8, 8)).flatten(1).T.double()
+    prior, t = fixture.prior, fixture.prior.sde.time(0.8)
+    x_t = torch.randn(1, 8, 8)
+    x0 = prior.denoise(x_t, t).double()
+    rho = float(prior.error(0.8)) ** -2
+    exact = torch.linalg.solve(
+        a.T @ a + rho * torch.eye(64, dtype=torch.float64),
+        a.T @ white.data.flatten().double() + rho * x0.flatten(),
+    )
+    got = Proximal(prior, fixture.measurement, iterations=200, tol=1e-7).denoise(x_t, t)
+    torch.testing.assert_close(got.flatten().double(), exact, rtol=1e-3, atol=1e-3)
+
+
+# Recorded bias of each method on the two fixtures: a change beyond 10 % (or the Monte-Carlo
+# error) is a change of the method and has to be looked at.
+RECORDED = {
+    ("two-dimensional", "dds"): (0.218, 0.914),
+    ("two-dimensional", "song"): (0.280, 0.535),
+}
+
+
+@pytest.mark.parametrize(("problem", "method"), RECORDED)
+def test_bias_of_biased_methods_is_the_recorded_one(problem: str, method: str) -> None:
+    options = dict(SETTINGS[method])
+    bias = measure(two_dimensional(), method, 1000 if method == "dds" else 400, options)
+    mean_error, sd_ratio = RECORDED[problem, method]
+    assert bias.mean_error == pytest.approx(mean_error, rel=0.1, abs=0.03)
+    assert bias.sd_ratio == pytest.approx(sd_ratio, rel=0.1)
+    if method == "song":  # fits the noise of the data exactly: no residual, no spread
+        assert bias.chi2 < 1e-3
+        assert bias.kl == math.inf
+
+
+def test_song_approaches_the_truth_of_noise_free_data_with_its_corrector() -> None:
+    """x_1 = 1 known exactly: x_2 | x_1 ~ N(.8, .36); without corrections replacement is far off."""
+    fixture, n = two_dimensional(), 4000
+    seen = fixture.measurement.take(torch.zeros(n, dtype=torch.long))
+
+    def second(snr: float) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        problem = Problem(fixture.prior, seen, lambda: torch.randn(n, 1, 2, generator=generator))
+        with torch.inference_mode():
+            return METHODS["song"].run(problem, steps=300, lam=1.0, snr=snr)[:, 0, 1]
+
+    none, some, much = second(0.0), second(0.16), second(0.4)
+    assert float(none.mean()) < float(some.mean()) < float(much.mean())
+    assert float(much.mean()) == pytest.approx(0.8, abs=0.08)
+    assert float(much.std()) == pytest.approx(0.6, rel=0.05)
+
+
+def test_dds_fits_the_data_to_its_noise_on_a_gaussian_field() -> None:
+    bias = measure(field(), "dds", 16, SETTINGS["dds"])
+    assert bias.chi2 == pytest.approx(1.0, abs=0.3)
+    assert bias.mean_error < 0.5
+    assert 0.7 < bias.sd_ratio < 1.2
+
+
+def test_every_method_states_its_cost_and_class() -> None:
+    for name, method in METHODS.items():
+        assert method.exactness in {
+            "asymptotically exact",
+            "exact for Gaussian priors",
+            "biased",
+        }, name
+        assert "steps" in method.options
+        assert method.reference
+        with pytest.raises(ReconError, match="no option nonsense"):
+            method.resolve({"nonsense": 1})

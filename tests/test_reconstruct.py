@@ -1,0 +1,159 @@
+"""The one entry: units, batches, seeds, counts, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from inverse import Measurement, VE, reconstruct
+from inverse.errors import CheckpointError, ReconError, UnsupportedError
+from inverse.operators.ct import ParallelBeam, RayTransform
+from inverse.operators.linop import Identity
+from inverse.operators.mask import Mask
+from inverse.operators.mri import CartesianMRI, centred_fft
+from inverse.operators.resample import Upsample
+from inverse.priors import GaussianPrior, NetworkConfig, NetworkPrior, PriorCard, UNet
+
+CARD = PriorCard(
+    name="tiny",
+    modality="CT",
+    unit="HU",
+    offset=-500.0,
+    scale=500.0,
+    value_range=(-1024, 3071),
+    pixel_mm_range=(1.0, 2.0),
+    shape=(32, 32),
+    sigma_range=(0.01, 50.0),
+)
+
+
+def network(channels: int = 1, **changes) -> NetworkPrior:
+    torch.manual_seed(0)
+    net = UNet(NetworkConfig(channels=channels, widths=(8, 8), blocks=1, embedding=16))
+    torch.nn.init.normal_(net.exit.weight, std=0.05)
+    return NetworkPrior(net, dataclasses.replace(CARD, **changes), dtype=torch.float32)
+
+
+def ct(slices: int = 3, pixel: float = 1.5, n: int = 32) -> Measurement:
+    operator = RayTransform(ParallelBeam.sparse(6, (n, n), pixel), (n, n), pixel)
+    generator = torch.Generator().manual_seed(5)
+    truth = 0.02 * torch.rand(slices, n, n, generator=generator)
+    return Measurement(operator, operator(truth), torch.tensor(0.01), "CT", (pixel, pixel), 0.0206)
+
+
+def test_result_does_not_depend_on_the_batch_and_repeats_with_the_seed() -> None:
+    one = reconstruct(ct(), network(), steps=4, samples=2, batch=1)
+    many = reconstruct(ct(), network(), steps=4, samples=2, batch=6)
+    torch.testing.assert_close(one.samples, many.samples, rtol=1e-4, atol=1e-6)
+    again = reconstruct(ct(), network(), steps=4, samples=2, batch=6)
+    assert torch.equal(many.samples, again.samples)
+    other = reconstruct(ct(), network(), steps=4, samples=2, batch=6, seed=1)
+    assert not torch.allclose(other.samples, many.samples)
+    assert not torch.allclose(many.samples[:, 0], many.samples[:, 1])
+
+
+def test_shapes_moments_and_counts() -> None:
+    result = reconstruct(ct(), network(), steps=5, samples=3, batch=4)
+    assert result.samples.shape == (3, 3, 32, 32)
+    torch.testing.assert_close(result.mean, result.samples.mean(dim=1))
+    torch.testing.assert_close(result.std, result.samples.std(dim=1))
+    assert result.residual_chi2.shape == (3,)
+    assert result.nfe == 5
+    assert result.operator_calls > 10
+    assert result.settings["method"] == "dds"
+    assert result.settings["steps"] == 5
+
+
+def test_callback_ends_at_the_total() -> None:
+    seen: list[tuple[int, int]] = []
+    reconstruct(ct(), network(), steps=3, batch=2, callback=lambda i, n: seen.append((i, n)))
+    assert seen[-1] == (9, 9)
+    assert [i for i, _ in seen] == sorted(i for i, _ in seen)
+
+
+def test_attenuation_in_gives_attenuation_out() -> None:
+    """A full, nearly noise-free measurement fixes the image in 1/mm whatever the network says."""
+    n = 16
+    truth = 0.0206 * torch.rand(2, n, n)
+    seen = Measurement(
+        Mask(torch.ones(n, n, dtype=torch.bool)),
+        truth,
+        torch.tensor(1e-7),
+        "CT",
+        (1.5, 1.5),
+        0.0206,
+    )
+    result = reconstruct(seen, network(), steps=3)
+    torch.testing.assert_close(result.mean, truth, rtol=1e-3, atol=1e-6)
+    # HU -500 +- 500: prior 0 is half the attenuation of water
+    assert result.settings["offset"] == pytest.approx(0.0103)
+    assert result.settings["scale"] == pytest.approx(0.0103)
+
+
+def test_white_prior_gives_the_ridge_solution() -> None:
+    """Gaussian prior N(1, v I), fully measured with noise s: mean (v y + s^2) / (v + s^2)."""
+    n, v, s = 6, 0.5, 0.4
+    prior = GaussianPrior(1.0, v * torch.eye(n * n, dtype=torch.float64), (n, n), VE(0.005, 40.0))
+    y = torch.randn(1, n, n)
+    seen = Measurement(Identity((n, n)), y, torch.tensor(s), "MR", (1.0, 1.0))
+    result = reconstruct(
+        seen,
+        prior,
+        samples=300,
+        batch=300,
+        options={"steps": 60, "start_level": 30.0, "end_level": 0.006},
+    )
+    exact = (v * y + s**2) / (v + s**2)
+    assert float((result.mean - exact).abs().mean()) < 0.08
+
+
+def test_fine_pixels_are_reconstructed_on_the_priors_grid() -> None:
+    result = reconstruct(ct(slices=1, pixel=0.75), network(), steps=3)
+    assert result.mean.shape == (1, 32, 32)
+    assert "finer than the prior's" in result.status
+    up = Upsample((16, 16), 2)
+    # the image lies in the range of the interpolation
+    coarse = torch.linalg.pinv(up.rows) @ result.mean[0] @ torch.linalg.pinv(up.columns).T
+    torch.testing.assert_close(up(coarse), result.mean[0], rtol=1e-3, atol=1e-6)
+
+
+def test_complex_data_with_real_and_complex_priors() -> None:
+    n = 16
+    mask = torch.ones(n, n, dtype=torch.bool)
+    image = torch.randn(1, n, n, dtype=torch.complex64)
+    seen = Measurement(
+        CartesianMRI(mask), centred_fft(image), torch.tensor(1e-5), "MR", (1.5, 1.5)
+    )
+    prior = network(2, modality="MR", unit="relative", offset=0.0, scale=1.0)
+    result = reconstruct(seen, prior, steps=3)
+    assert result.mean.is_complex()
+    torch.testing.assert_close(result.mean, image, rtol=1e-2, atol=1e-2)
+    real = reconstruct(
+        seen,
+        network(1, modality="MR", unit="relative", offset=0.0, scale=1.0),
+        steps=3,
+        options={"cg_iterations": 20},
+    )
+    torch.testing.assert_close(real.mean.real, image.real, rtol=1e-2, atol=1e-2)
+    assert not bool(real.mean.imag.any())
+
+
+def test_unfitted_data_are_flagged() -> None:
+    seen = ct(slices=1)
+    result = reconstruct(seen, network(), steps=2, options={"weight": 1e-6, "cg_iterations": 1})
+    assert "not fitted" in result.status
+
+
+def test_refusals() -> None:
+    with pytest.raises(CheckpointError, match="is for MR, the measurement is CT"):
+        reconstruct(ct(), network(modality="MR"))
+    with pytest.raises(ReconError, match="no method 'magic'; there are dds"):
+        reconstruct(ct(), network(), method="magic")
+    with pytest.raises(ReconError, match="no option speed"):
+        reconstruct(ct(), network(), options={"speed": 11})
+    with pytest.raises(ReconError, match="at least 1"):
+        reconstruct(ct(), network(), samples=0)
+    with pytest.raises(UnsupportedError, match="one channel"):
+        reconstruct(ct(), network(2))

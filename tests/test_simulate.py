@@ -1,0 +1,230 @@
+"""Simulation: noise statistics, no inverse crime, independence of the batch, refusals."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from inverse.errors import GeometryError, InputError, UnsupportedError
+from inverse.operators.ct import FanBeam, ParallelBeam, RayTransform
+from inverse.operators.noise import add_gaussian, count_photons, generator, line_integrals
+from inverse.operators.units import MU_WATER
+from phantoms.shapes import Ellipses
+from phantoms.simulate import (
+    area_mean,
+    simulate_ct,
+    simulate_ct_analytic,
+    simulate_inpainting,
+    simulate_mri,
+)
+
+FINE, MATRIX, PX = 96, 48, 1.5  # native grid and pixel; the reconstruction's pixel is 3 mm
+BEAM = ParallelBeam.sparse(24, (MATRIX, MATRIX), 2 * PX)
+# (value above air, x, y, a, b, angle) in mm
+BODY = Ellipses.of([(1000.0, 3.0, -4.0, 55.0, 40.0, 0.3), (600.0, 20.0, 5.0, 9.0, 6.0, 1.0)])
+
+
+@pytest.fixture(autouse=True)
+def _no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECON_CACHE_DIR", "off")
+
+
+def hu(slices: int = 2) -> np.ndarray:
+    one = BODY.image((FINE, FINE), PX) - 1000.0
+    return np.stack([one] * slices).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "beam", [BEAM, FanBeam.sparse(24, (MATRIX, MATRIX), 2 * PX)], ids=["parallel", "fan"]
+)
+def test_ct_data_fit_the_truth_up_to_the_grid(beam) -> None:
+    # few photons: noise dominates what the coarse grid cannot represent
+    s = simulate_ct(hu(), PX, beam, matrix=MATRIX, photons=1e3, model_error=0.0)
+    m = s.measurement
+    assert m.chi2(s.truth).numpy() == pytest.approx(1.0, abs=0.15)
+    assert m.pixel_mm == (2 * PX, 2 * PX)
+    assert isinstance(m.operator, RayTransform)
+    assert m.provenance["simulation"].startswith("2 rays a bin (line kernel) through 96 x 96")
+    assert m.provenance["starved"] == 0
+    # many photons: the mismatch shows, so the data are not the operator's own
+    exact = simulate_ct(hu(1), PX, beam, matrix=MATRIX, photons=1e8, model_error=0.0)
+    assert 3.0 < float(exact.measurement.chi2(exact.truth)) < 1e5
+    mean = float((s.truth / MU_WATER * 1000).mean())
+    assert mean == pytest.approx(float(np.mean(hu(1)) + 1000), rel=1e-5)
+
+
+def test_ct_on_an_equal_grid_uses_another_kernel() -> None:
+    s = simulate_ct(hu(1), PX, ParallelBeam.sparse(24, (FINE, FINE), PX), matrix=FINE)
+    assert "4 rays a bin (strip kernel)" in s.measurement.provenance["simulation"]
+    assert s.measurement.operator.kernel == "linear"
+    assert float((s.measurement.data - s.measurement.operator(s.truth)).abs().max()) > 1e-3
+
+
+def test_ct_from_pixels_agrees_with_exact_line_integrals() -> None:
+    a = simulate_ct(hu(1), PX, BEAM, matrix=MATRIX, photons=1e7)
+    b = simulate_ct_analytic([BODY], 2 * PX, BEAM, matrix=MATRIX, photons=1e7)
+    difference = (a.measurement.data - b.measurement.data).norm() / b.measurement.data.norm()
+    assert float(difference) < 0.01
+    torch.testing.assert_close(a.truth, b.truth, rtol=0, atol=0.05 * MU_WATER)
+    assert "exact" in b.measurement.provenance["simulation"]
+
+
+def test_a_bin_adds_intensities() -> None:
+    # one bin wider than a slab: half the rays see it.  l = -log((1 + e^-L) / 2), not L / 2
+    slab = Ellipses.of([(1000.0, 100.0, 0.0, 100.0, 1e6, 0.0)])  # the half plane x > 0, nearly
+    beam = ParallelBeam((0.0,), 1, 50.0)
+    length = slab.line_integrals([[25.0, 0.0]], [[0.0, 1.0]])[0]
+    slab = slab.scaled(3.0 / (length * MU_WATER / 1000))
+    s = simulate_ct_analytic([slab], 1.0, beam, matrix=4, photons=1e9, oversample=2)
+    rays = slab.line_integrals(*beam.rays(2)).ravel() * MU_WATER / 1000
+    expected = -math.log(np.mean(np.exp(-rays)))
+    assert float(s.measurement.data) == pytest.approx(expected, abs=1e-3)
+    assert expected < 0.5 * rays.max()
+
+
+def test_photon_statistics() -> None:
+    line, photons = torch.full((1, 200, 200), 2.0), 5e3
+    y, std = line_integrals(count_photons(line, photons, [generator(0)]), photons)
+    n = photons * math.exp(-2.0)
+    assert float(y.std()) == pytest.approx(n**-0.5, rel=0.02)
+    assert float(std.mean()) == pytest.approx(n**-0.5, rel=0.02)
+    assert float(y.mean()) == pytest.approx(2.0 + 0.5 / n, abs=4 * n**-0.5 / 200)
+    starved, weak = line_integrals(torch.zeros(1), photons)
+    assert float(starved) == pytest.approx(math.log(photons))
+    assert float(weak) == 1.0
+
+
+def test_gaussian_statistics() -> None:
+    z = add_gaussian(
+        torch.zeros(2, 300, 300, dtype=torch.complex64), 0.5, [generator(0, i) for i in (0, 1)]
+    )
+    for part in (z.real, z.imag):
+        assert float(part.std()) == pytest.approx(0.5, rel=0.02)
+    assert abs(float((z.real * z.imag).mean())) < 0.01
+    assert abs(float((z[0].real * z[1].real).mean())) < 0.01
+
+
+def test_a_slice_does_not_depend_on_its_batch() -> None:
+    kwargs = {"matrix": MATRIX, "seed": 7}
+    whole = simulate_ct(hu(3), PX, BEAM, **kwargs).measurement
+    alone = simulate_ct(hu(1), PX, BEAM, positions=[2], **kwargs).measurement
+    torch.testing.assert_close(whole.data[2], alone.data[0], rtol=0, atol=2e-6)
+    assert not torch.allclose(whole.data[0], whole.data[1])
+    other = simulate_ct(hu(1), PX, BEAM, matrix=MATRIX, seed=8).measurement
+    assert not torch.allclose(whole.data[0], other.data[0])
+
+
+def test_model_error_widens_the_stated_noise_only() -> None:
+    kwargs = {"matrix": MATRIX, "photons": 1e5}
+    bare = simulate_ct(hu(1), PX, BEAM, model_error=0.0, **kwargs).measurement
+    wide = simulate_ct(hu(1), PX, BEAM, model_error=0.02, **kwargs).measurement
+    assert torch.equal(bare.data, wide.data)
+    torch.testing.assert_close(wide.noise, (bare.noise**2 + 0.02**2).sqrt())
+    with pytest.raises(InputError, match="model_error"):
+        simulate_ct(hu(1), PX, BEAM, model_error=-0.1, **kwargs)
+
+
+def test_views_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    import phantoms.simulate as simulate
+
+    whole = simulate_ct(hu(1), PX, BEAM, matrix=MATRIX).measurement.data
+    monkeypatch.setattr(simulate, "_BLOCK_BYTES", 500_000)
+    assert torch.equal(simulate_ct(hu(1), PX, BEAM, matrix=MATRIX).measurement.data, whole)
+
+
+def test_area_mean_keeps_the_mass() -> None:
+    image = np.random.default_rng(0).random((2, 12, 12)).astype(np.float32)
+    np.testing.assert_allclose(
+        area_mean(image, 4), image.reshape(2, 4, 3, 4, 3).mean((2, 4)), rtol=1e-5
+    )
+    odd = area_mean(image, 5)
+    assert odd.shape == (2, 5, 5)
+    np.testing.assert_allclose(odd.mean((1, 2)), image.mean((1, 2)), rtol=1e-5)
+
+
+def test_ct_padding_and_rectangles() -> None:
+    wide = hu(1)[:, 20:76]
+    wide[0, 0, 0] = -3024.0  # scanner padding is air
+    s = simulate_ct(wide, PX, BEAM, matrix=MATRIX)
+    assert s.truth.shape == (1, MATRIX, MATRIX)
+    assert float(s.truth.min()) == 0.0
+
+
+def test_mri() -> None:
+    image = np.abs(hu(3)) + np.arange(3)[:, None, None]
+    s = simulate_mri(image, (1.0, 1.0), acceleration=4.0, noise=0.02, seed=1)
+    m = s.measurement
+    assert m.operator.acceleration == pytest.approx(4.0, rel=0.01)
+    assert m.chi2(s.truth).numpy() == pytest.approx(1.0, abs=0.1)
+    assert float(m.noise) == pytest.approx(0.02 * np.percentile(image, 99), rel=1e-5)
+    assert not bool(m.data[:, ~m.operator.mask].any())
+    assert "own grid" in m.provenance["simulation"]
+    again = simulate_mri(image, (1.0, 1.0), acceleration=4.0, noise=0.02, seed=1)
+    assert torch.equal(again.measurement.data, m.data)
+    complex_image = image * np.exp(0.3j)
+    twisted = simulate_mri(complex_image, (1.0, 1.0))
+    torch.testing.assert_close(twisted.truth, torch.from_numpy(complex_image).to(torch.complex64))
+
+
+@pytest.mark.parametrize("kind", ["square", "pixels"])
+def test_inpainting(kind) -> None:
+    s = simulate_inpainting(hu(), (PX, PX), modality="CT", hole=0.25, kind=kind, matrix=MATRIX)
+    m = s.measurement
+    share = 0.0625 if kind == "square" else 0.25
+    assert m.operator.measured == pytest.approx((1 - share) * MATRIX**2, abs=1)
+    assert m.chi2(s.truth).numpy() == pytest.approx(1.0, abs=0.15)
+    assert m.pixel_mm == (2 * PX, 2 * PX)
+    assert float(s.truth.max()) == pytest.approx(1.6 * MU_WATER, rel=0.05)
+    mr = simulate_inpainting(np.abs(hu()), (PX, PX), modality="MR", kind=kind)
+    assert mr.measurement.mu_water is None
+    torch.testing.assert_close(mr.truth, torch.from_numpy(np.abs(hu())))
+
+
+def test_refusals() -> None:
+    with pytest.raises(InputError, match="photons"):
+        simulate_ct(hu(1), PX, BEAM, matrix=MATRIX, photons=-1.0)
+    with pytest.raises(InputError, match="photons"):
+        simulate_ct_analytic([BODY], PX, BEAM, photons=0.0, matrix=8)
+    with pytest.raises(GeometryError, match="at least one slice"):
+        simulate_ct_analytic([], PX, BEAM)
+    for matrix in (0, -3, FINE + 1):
+        with pytest.raises(GeometryError, match="matrix"):
+            simulate_ct(hu(1), PX, BEAM, matrix=matrix)
+    with pytest.raises(GeometryError, match="stack"):
+        simulate_ct(hu(1)[0], PX, BEAM)
+    with pytest.raises(InputError, match="NaN"):
+        simulate_ct(hu(1) * np.nan, PX, BEAM, matrix=MATRIX)
+    with pytest.raises(UnsupportedError, match="square pixels"):
+        simulate_ct(hu(1), (1.0, 2.0), BEAM, matrix=MATRIX)
+    with pytest.raises(GeometryError, match="positions"):
+        simulate_ct(hu(2), PX, BEAM, matrix=MATRIX, positions=[1])
+    with pytest.raises(InputError, match="negative"):
+        simulate_ct(hu(1), PX, BEAM, matrix=MATRIX, seed=-1)
+    with pytest.raises(InputError, match="noise"):
+        simulate_mri(np.ones((1, 32, 32)), (1.0, 1.0), noise=0.0)
+    with pytest.raises(InputError, match="noise"):
+        simulate_mri(np.zeros((1, 32, 32)), (1.0, 1.0))
+    for hole in (0.0, 1.0, -0.5):
+        with pytest.raises(GeometryError, match="hole"):
+            simulate_inpainting(hu(1), (PX, PX), modality="CT", hole=hole)
+    with pytest.raises(UnsupportedError, match="real"):
+        simulate_inpainting(hu(1) * 1j, (PX, PX), modality="MR")
+
+
+@pytest.mark.slow
+def test_mismatch_of_real_slices(shared_data: Path) -> None:
+    """23 views, 512 to 256, 1e5 photons: grid mismatch adds up to 2 to the noise's 1."""
+    with np.load(shared_data / "ct_train" / "ct_hu_512.npz") as file:
+        slices = file["hu"][[0, 12, 60]]
+    beam = ParallelBeam.sparse(23, (256, 256), 1.4)
+    s = simulate_ct(slices, 0.7, beam, model_error=0.0)
+    chi2 = s.measurement.chi2(s.truth).numpy()
+    assert ((chi2 > 1.0) & (chi2 < 4.0)).all()
+    # and the default allowance for it covers it without drowning the data
+    s = simulate_ct(slices, 0.7, beam)
+    chi2 = s.measurement.chi2(s.truth).numpy()
+    assert ((chi2 > 0.3) & (chi2 < 1.5)).all()
