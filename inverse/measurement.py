@@ -105,7 +105,10 @@ class Measurement:
         return replace(self, data=data, noise=self.noise / abs(scale))
 
     def whitened(self) -> Measurement:
-        r"""The equivalent measurement with unit noise: :math:`A \to A/\sigma_y`, likewise y."""
+        r"""The equivalent measurement with unit noise: :math:`A \to A/\sigma_y`, likewise y.
+
+        A noise map a slice becomes part of the operator: :meth:`take` slices first.
+        """
         weight = 1.0 / self.noise
         return replace(
             self,

@@ -233,10 +233,9 @@ def _direct(task: Task, run: RunLog) -> Outcome:
 
 
 def _tv(task: Task, weight: float | None, run: RunLog) -> Outcome:
-    from inverse.classical import TV_WEIGHT, tv
+    from inverse.classical import tv
 
-    weight = TV_WEIGHT if weight is None else weight
-    with progress(f"total variation, weight {weight:g}"):
+    with progress("total variation"):
         start = time.monotonic()
         result = tv(task.measurement, weight)
         seconds = time.monotonic() - start
@@ -246,7 +245,7 @@ def _tv(task: Task, weight: float | None, run: RunLog) -> Outcome:
             "TV_NOT_CONVERGED",
             f"total variation did not converge in {late} slices; its image may fall short",
         )
-    settings = {"weight": weight, "iterations": int(result.iterations.max())}
+    settings = {"weight": result.weight, "iterations": int(result.iterations.max())}
     run.settings["tv"] = settings
     chi2 = task.measurement.chi2(result.x).double().numpy()
     return Outcome("tv", "TV", task.image(result.x), chi2, seconds, settings=settings)

@@ -64,29 +64,6 @@ def _widths(text: str) -> tuple[int, ...]:
     return widths
 
 
-def _phantoms(patients: int, weight: float, size: int, seed: int) -> ImageSet:
-    """Random chests with lesions, four slices each, on a fine grid as a CT of the chest has."""
-    import numpy as np
-
-    from inverse.training.data import ImageSet
-    from phantoms.anatomy import AIR_HU, thorax
-
-    images, pixels, keys = [], [], []
-    pixel = 400.0 / size
-    for patient in range(patients):
-        body = thorax(seed + patient)
-        heights = list(np.random.default_rng([seed, patient]).uniform(-60, 60, 4))
-        volume = AIR_HU + body.volume(
-            (4, size, size), (3.0, pixel, pixel), z_positions=heights, sub_slices=2
-        )
-        images += [np.clip(image, -1024, 3071).astype(np.float32) for image in volume]
-        pixels += [pixel] * 4
-        keys += [f"phantom-{seed + patient}"] * 4
-        if patient % 50 == 49:
-            log(f"{patient + 1} of {patients} phantoms")
-    return ImageSet(tuple(images), tuple(pixels), tuple(keys), AIR_HU, weight)
-
-
 def _describe(source: _Source, images: ImageSet, licence: str, citation: str) -> dict[str, Any]:
     return {
         "name": source.path.stem,
@@ -272,6 +249,7 @@ def register(app: typer.Typer) -> None:
         from inverse.training.data import Augmentation, load_images, split_by_patient
         from inverse.training.loop import TrainConfig
         from inverse.training.loop import train as fit
+        from phantoms.slices import chest_slices
         from recon_cli.pipeline import pick_device
 
         if out.suffix != ".safetensors":
@@ -293,7 +271,10 @@ def register(app: typer.Typer) -> None:
             for source, images in zip(sources, sets, strict=True)
         ]
         if phantoms:
-            sets.append(_phantoms(phantoms, phantom_weight, 2 * size, 100_000 + seed))
+            first = 1000 * (seed + 1)
+            log(f"drawing {phantoms} phantoms")
+            chests = range(first, first + phantoms)
+            sets.append(chest_slices(chests, size=size, weight=phantom_weight))
             described.append(
                 {
                     "name": "random chest phantoms",

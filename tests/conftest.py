@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +22,23 @@ def shared_data() -> Path:
     pytest.skip("development data absent (set RECON_SHARED_DATA to its folder to run this test)")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """System matrices of tests are not left in the user's cache."""
+    os.environ["RECON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    torch.set_num_threads(1)  # small problems: a second thread costs more than it gives
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _clean_state() -> Iterator[None]:
+    """Seed torch; undo the log levels that a command's --quiet sets."""
     torch.manual_seed(0)
+    yield
+    for name in ("inverse", "phantoms"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
+        logging.getLogger(name).handlers.clear()

@@ -1,4 +1,4 @@
-"""Data consistency against dense linear algebra, and the methods' bias against exact posteriors."""
+"""Data consistency against dense algebra; the methods' bias against exact posteriors."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_bias_of_biased_methods_is_the_recorded_one(problem: str, method: str) -
 
 
 def test_song_approaches_the_truth_of_noise_free_data_with_its_corrector() -> None:
-    """x_1 = 1 known exactly: x_2 | x_1 ~ N(.8, .36); without corrections replacement is far off."""
+    """x_1 = 1 known exactly: x_2 | x_1 ~ N(.8, .36); without corrections it is far off."""
     fixture, n = two_dimensional(), 4000
     seen = fixture.measurement.take(torch.zeros(n, dtype=torch.long))
 

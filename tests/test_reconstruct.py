@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from inverse import Measurement, VE, reconstruct
+from inverse import VE, Measurement, reconstruct
 from inverse.errors import CheckpointError, ReconError, UnsupportedError
 from inverse.operators.ct import ParallelBeam, RayTransform
 from inverse.operators.linop import Identity

@@ -201,7 +201,7 @@ def test_training_writes_log_card_and_a_loadable_prior(tmp_path: Path) -> None:
 
 
 def test_training_lowers_the_held_out_error(tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, steps=60, lr=3e-3, validate_every=60)
+    config = dataclasses.replace(CONFIG, steps=120, lr=1e-2, validate_every=120)
     trained = run(tmp_path, "long", config).training["validation_rmse"]
     first = run(tmp_path, "short", dataclasses.replace(CONFIG, steps=1)).training[
         "validation_rmse"

@@ -292,9 +292,7 @@ class Series:
 
     @property
     def patient_key(self) -> str:
-        """A hash that tells patients apart without naming them; slices without PatientID share
-        one key a study.
-        """
+        """A hash that tells patients apart without naming them; a study's where there is no ID."""
         from pydicom import dcmread
 
         header = dcmread(io.BytesIO(self.templates[0]), force=True)
@@ -913,7 +911,9 @@ def _read_slice(source: Source, header: _Header, notes: Counter[str]) -> _Slice:
     if not np.isfinite(values).all():
         raise InputError(f"{header.label}: the rescale slope or intercept overflows")
     if header.modality == "CT":
-        untagged = (values < -1024.0) & ~mask
+        # in derived images such values are meant: filtered backprojection undershoots air
+        derived = "DERIVED" in _text(ds, "ImageType").upper()
+        untagged = (values < -1024.0) & ~mask & (not derived)
         if untagged.any():
             notes["UNTAGGED_PADDING"] += 1
             mask |= untagged

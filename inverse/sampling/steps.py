@@ -130,7 +130,8 @@ def _check_eta(eta: float) -> None:
 def langevin(snr: float) -> Corrector:
     r"""Langevin corrector :math:`x \leftarrow x + \epsilon\,\mathrm{score} + \sqrt{2\epsilon}z`.
 
-    .. math:: \epsilon = 2\alpha_t (r \|z\| / \|\mathrm{score}\|)^2 \approx 2\alpha_t r^2\sigma_t^2,
+    .. math:: \epsilon = 2\alpha_t (r \|z\| / \|\mathrm{score}\|)^2
+              \approx 2\alpha_t r^2\sigma_t^2,
               \qquad r = \mathrm{snr}
 
     with both norms at their expectations for noise-dominated images, :math:`\sqrt d` and
