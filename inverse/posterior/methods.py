@@ -42,17 +42,19 @@ class Problem:
 def dds(
     problem: Problem,
     *,
-    steps: int = 20,
+    steps: int = 40,
     eta: float = 1.0,
     start_level: float = 0.5,
-    end_level: float = 0.02,
-    weight: float = 1.0,
-    cg_iterations: int = 5,
+    end_level: float = 0.03,
+    weight: float = 6.0,
+    cg_iterations: int = 15,
 ) -> Tensor:
     """Decomposed diffusion sampling from a Tikhonov start; see :class:`Proximal`.
 
     Instead of pure noise the sampler starts from the ridge solution plus noise of
     ``start_level``, where the prior still decides the structure and a tenth of the calls suffice.
+    The defaults are the best found on 23-view CT of patients that no prior has seen; ``weight``
+    above 1 because the error of a network is not white but sits where the data can correct it.
 
     Args:
         problem: the batch.
@@ -162,7 +164,7 @@ METHODS: dict[str, Method] = {
         jacobian=False,
         exactness="biased",
         noise="Gaussian, known variance a sample",
-        when="the default: a good image in 20 network calls; its spread is too small",
+        when="the default: a good image in 20 to 40 network calls; its spread is too small",
         reference="Chung, Lee, Ye, ICLR 2024",
     ),
     "song": Method(
