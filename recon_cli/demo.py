@@ -77,7 +77,7 @@ def register(app: typer.Typer) -> None:
     @command(app, "demo", examples="recon demo -o demo-out")
     def demo(
         out: o.Out = Path("demo-out"),
-        slices: Annotated[int, typer.Option(min=1, max=30, help="Slices of the phantom.")] = 12,
+        slices: Annotated[int, typer.Option(min=1, max=30, help="Slices of the phantom.")] = 8,
         views: o.Views = 23,
         photons: o.Photons = 1e5,
         matrix: Annotated[
@@ -86,7 +86,7 @@ def register(app: typer.Typer) -> None:
         prior: o.PriorName = None,
         method: o.MethodName = "dds",
         steps: o.Steps = None,
-        samples: o.Samples = 4,
+        samples: o.Samples = 8,
         batch: o.Batch = 8,
         device: o.Device = "auto",
         seed: o.Seed = 0,
