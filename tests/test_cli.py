@@ -344,7 +344,7 @@ def test_priors(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_methods_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert recon("methods", "--json") == 0
     methods = json.loads(capsys.readouterr().out)
-    assert methods["dds"]["network_calls"] == 20
+    assert methods["dds"]["network_calls"] == 40
     assert recon("methods") == 0
     assert "Decomposed diffusion sampling" in capsys.readouterr().out
     assert recon("doctor", "--json") == 0

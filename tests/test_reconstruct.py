@@ -103,7 +103,7 @@ def test_white_prior_gives_the_ridge_solution() -> None:
         prior,
         samples=300,
         batch=300,
-        options={"steps": 60, "start_level": 30.0, "end_level": 0.006},
+        options={"steps": 60, "start_level": 30.0, "end_level": 0.006, "weight": 1.0},
     )
     exact = (v * y + s**2) / (v + s**2)
     assert float((result.mean - exact).abs().mean()) < 0.08
