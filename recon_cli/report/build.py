@@ -306,6 +306,8 @@ def draw_overview(folder: Path, path: Path, index: int | None = None) -> None:
         for name, entry in output.metrics["per_slice"][k].items()
         if isinstance(entry, Mapping) and entry.get("psnr") is not None
     }
+    kind = ", simulated" if output.run["retrospective_simulation"] else ""
+    mark = f"{output.run['settings']['label']}{kind}. Research use only."
     figures.overview(
         path,
         panels,
@@ -315,4 +317,5 @@ def draw_overview(folder: Path, path: Path, index: int | None = None) -> None:
         output.error_top,
         output.unit,
         captions,
+        mark,
     )

@@ -112,6 +112,7 @@ def overview(
     error_top: float,
     unit: str,
     captions: Mapping[str, str],
+    mark: str,
 ) -> None:
     """Write one picture: the panels in each window, and below them the absolute errors.
 
@@ -124,6 +125,7 @@ def overview(
         error_top: end of the colour scale of errors.
         unit: unit of the images.
         captions: text below a title, such as its PSNR.
+        mark: what the picture is and is not, written below it.
     """
     rows = len(windows) + (truth is not None)
     columns = len(panels)
@@ -150,4 +152,5 @@ def overview(
             shown = row[0].imshow(std, cmap=STD_MAP, vmin=0, vmax=top)
             row[0].set_ylabel("std of samples", fontsize=9)
             figure.colorbar(shown, ax=row[0], label=unit, fraction=0.046, location="left")
+    figure.supxlabel(mark, fontsize=8)
     figure.savefig(path)
