@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from inverse.operators.linop import LinearOperator
 
 _OPTIONAL = {
-    "nibabel": "NIfTI training data",
     "jpeg_ls": "JPEG-LS compressed DICOM",
     "pylibjpeg": "JPEG and JPEG 2000 compressed DICOM",
     "openjpeg": "JPEG 2000 compressed DICOM",

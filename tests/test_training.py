@@ -231,3 +231,18 @@ def test_default_error_of_a_gaussian_prior_is_its_mean_posterior_variance() -> N
     prior = GaussianPrior(0.0, torch.diag(torch.tensor([1.0, 4.0])), (2,))
     expected = ((1 * 1 / 2 + 4 * 1 / 5) / 2) ** 0.5
     assert float(prior.error(1.0)) == pytest.approx(expected)
+
+
+def test_load_images_reads_dicom_and_tells_patients_apart(tmp_path: Path) -> None:
+    from phantoms.series import write_phantom_series
+
+    for seed in (1, 2):
+        volume = np.random.default_rng(seed).normal(0, 50, (2, 16, 16)).astype(np.float32)
+        write_phantom_series(tmp_path / f"s{seed}", volume, (3.0, 1.5, 1.5), seed=seed)
+    loaded = load_images(tmp_path, "CT")
+    assert len(loaded) == 4
+    assert len(loaded.patients) == 2
+    assert set(loaded.pixel_mm) == {1.5}
+    assert not any("PHANTOM" in p.upper() for p in loaded.patients)
+    with pytest.raises(NoInputError, match="no usable slice"):
+        load_images(tmp_path, "MR")
