@@ -8,6 +8,7 @@ noise of standard deviation ``noise`` in the real and in the imaginary part each
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -83,10 +84,12 @@ class Measurement:
         return replace(self, data=self.data[index], noise=noise)
 
     def to(self, device: torch.device | str) -> Measurement:
-        """The same measurement on another device (the operator moves too)."""
+        """The same measurement on another device; this one, its operator included, stays."""
+        if self.data.device == torch.device(device):
+            return self
         return replace(
             self,
-            operator=self.operator.to(device),
+            operator=copy.deepcopy(self.operator).to(device),
             data=self.data.to(device),
             noise=self.noise.to(device),
         )

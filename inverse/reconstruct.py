@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -104,7 +105,9 @@ def reconstruct(
     started = time.monotonic()
     device = measurement.data.device if device is None else torch.device(device)
     target = measurement.to(device)
-    prior, embedding, notes = _adapt(prior.to(device), target)
+    if device != measurement.data.device:
+        prior = copy.deepcopy(prior).to(device)  # the caller's prior stays where it is
+    prior, embedding, notes = _adapt(prior, target)
     offset, scale = _affine(prior, target)
     operator = target.operator
     counter = _CountedOperator(operator if embedding is None else operator @ embedding)
@@ -230,8 +233,9 @@ def _status(chi2: Tensor, notes: list[str]) -> str:
     messages = list(notes)
     if worst > 3.0:
         messages.append(
-            f"the residual is {worst:.3g} times the stated noise in the worst slice: the data "
-            "are not fitted; check geometry, units and noise level, or raise the data weight"
+            f"the residual's reduced chi-square is {worst:.3g} in the worst slice: the data are "
+            "not fitted to their noise; check geometry, field of view, units and noise level, or "
+            "raise the data weight"
         )
     return "; ".join(messages) or "ok"
 

@@ -19,9 +19,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inverse.errors import GeometryError
 from inverse.priors.denoiser import Denoiser
@@ -63,6 +64,11 @@ class GaussianPrior(Denoiser):
         sde: forward process.
     """
 
+    mean: Tensor
+    covariance_matrix: Tensor
+    eigenvalues: Tensor
+    basis: Tensor
+
     def __init__(
         self,
         mean: Tensor | float,
@@ -78,21 +84,26 @@ class GaussianPrior(Denoiser):
                 f"GaussianPrior on {self.shape} needs a ({d}, {d}) covariance, "
                 f"got {tuple(covariance.shape)}"
             )
-        self.mean = torch.as_tensor(mean, dtype=torch.float64).expand(self.shape).reshape(d)
-        self.covariance_matrix = covariance.to(torch.float64)
-        self.eigenvalues, self.basis = torch.linalg.eigh(self.covariance_matrix)
+        flat = torch.as_tensor(mean, dtype=torch.float64).expand(self.shape).reshape(d).clone()
+        eigenvalues, basis = torch.linalg.eigh(covariance.to(torch.float64))
+        self.register_buffer("mean", flat)
+        self.register_buffer("covariance_matrix", covariance.to(torch.float64))
+        self.register_buffer("eigenvalues", eigenvalues)
+        self.register_buffer("basis", basis)
 
     def denoise(self, x_t: Tensor, t: float | Tensor) -> Tensor:
         """The linear (Wiener) estimate of the module's text."""
-        alpha, sigma = (c.expand(x_t.shape[0])[:, None] for c in self.sde.marginal(t))
+        alpha, sigma = (
+            c.to(x_t.device).expand(x_t.shape[0])[:, None] for c in self.sde.marginal(t)
+        )
         z = (x_t.flatten(1).to(torch.float64) - alpha * self.mean) @ self.basis
         gain = alpha * self.eigenvalues / (alpha**2 * self.eigenvalues + sigma**2)
         return (self.mean + (gain * z) @ self.basis.T).to(x_t.dtype).reshape(x_t.shape)
 
     def error(self, noise_level: float | Tensor) -> Tensor:
         """Root of the mean posterior variance, ``tr(Sigma s^2 (Sigma + s^2)^-1) / d``."""
-        s2 = as_time(noise_level)[..., None] ** 2
-        return torch.sqrt((self.eigenvalues * s2 / (self.eigenvalues + s2)).mean(dim=-1))
+        s2, lam = as_time(noise_level)[..., None] ** 2, self.eigenvalues.cpu()
+        return torch.sqrt((lam * s2 / (lam + s2)).mean(dim=-1))
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """``(count, *shape)`` draws, float32."""
@@ -128,6 +139,8 @@ class MixturePrior(Denoiser):
         sde: forward process.
     """
 
+    weights: Tensor
+
     def __init__(
         self,
         weights: Tensor,
@@ -138,15 +151,22 @@ class MixturePrior(Denoiser):
     ) -> None:
         super().__init__(VE() if sde is None else sde)
         self.shape = tuple(shape)
-        self.weights = weights.to(torch.float64)
-        self.components = [
+        self.register_buffer("weights", weights.to(torch.float64))
+        self._components = nn.ModuleList(
             GaussianPrior(m.reshape(self.shape), c, self.shape, self.sde)
             for m, c in zip(means, covariances, strict=True)
-        ]
+        )
+
+    @property
+    def components(self) -> list[GaussianPrior]:
+        """The Gaussians that are mixed."""
+        return [cast(GaussianPrior, c) for c in self._components]
 
     def _log_parts(self, x_t: Tensor, t: float | Tensor) -> Tensor:
         """``log w_k N(x_t; alpha mu_k, alpha^2 Sigma_k + sigma^2 I)``, shape ``(b, k)``."""
-        alpha, sigma = (c.expand(x_t.shape[0])[:, None] for c in self.sde.marginal(t))
+        alpha, sigma = (
+            c.to(x_t.device).expand(x_t.shape[0])[:, None] for c in self.sde.marginal(t)
+        )
         parts = []
         for w, c in zip(self.weights, self.components, strict=True):
             variance = alpha**2 * c.eigenvalues + sigma**2
