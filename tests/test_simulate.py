@@ -12,7 +12,7 @@ import torch
 from inverse.errors import GeometryError, InputError, UnsupportedError
 from inverse.operators.ct import FanBeam, ParallelBeam, RayTransform
 from inverse.operators.noise import add_gaussian, count_photons, generator, line_integrals
-from inverse.operators.units import MU_WATER
+from inverse.operators.units import MU_WATER, mu_to_hu
 from phantoms.shapes import Ellipses
 from phantoms.simulate import (
     area_mean,
@@ -228,3 +228,24 @@ def test_mismatch_of_real_slices(shared_data: Path) -> None:
     s = simulate_ct(slices, 0.7, beam)
     chi2 = s.measurement.chi2(s.truth).numpy()
     assert ((chi2 > 0.3) & (chi2 < 1.5)).all()
+
+
+@pytest.mark.slow
+def test_hu_of_a_real_slice_survive_180_views(shared_data: Path) -> None:
+    """Air, lung and soft tissue within 15 HU of the source by FBP: units, grid and scale."""
+    from scipy import ndimage
+
+    from inverse.classical import fbp
+
+    with np.load(shared_data / "ct_train" / "ct_hu_512.npz") as file:
+        slices = file["hu"][[12]]
+    beam = ParallelBeam.sparse(180, (256, 256), 1.4)
+    scan = simulate_ct(slices, 0.7, beam, photons=1e6)
+    truth = mu_to_hu(scan.truth).numpy()
+    image = mu_to_hu(fbp(scan.measurement)).numpy()
+    for low, high in ((-1050, -980), (-950, -700), (-20, 90)):
+        region = ndimage.binary_erosion(
+            (truth > low) & (truth < high), np.ones((1, 3, 3)), iterations=2
+        )
+        assert region.sum() > 200
+        assert abs(float((image - truth)[region].mean())) < 15
