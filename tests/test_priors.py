@@ -150,6 +150,18 @@ def test_network_denoiser_is_the_same_function_under_every_sde(sde: SDE) -> None
     )
 
 
+def test_preconditioning_is_edms() -> None:
+    """With F = b constant: D = s_d^2/(s^2 + s_d^2) x + s s_d/sqrt(s^2 + s_d^2) b."""
+    sd, s, b = 0.8, 0.6, 0.3
+    net = UNet(NetworkConfig(widths=(8, 8), blocks=1, embedding=16, sigma_data=sd))
+    net.requires_grad_(False)
+    net.exit.bias.fill_(b)  # the exit's weights start at zero
+    x = torch.randn(2, 1, 16, 16)
+    got = edm_denoise(net, x, torch.full((2,), s), torch.ones(2), position_channels((16, 16)))
+    total = s**2 + sd**2
+    torch.testing.assert_close(got, sd**2 / total * x + s * sd / total**0.5 * b)
+
+
 def test_preconditioning_limits() -> None:
     """D -> x as sigma -> 0 and D has the scale of data, not of noise, as sigma -> infinity."""
     net = perturbed_net(NetworkConfig(widths=(8, 8), blocks=1, embedding=16))

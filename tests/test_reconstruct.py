@@ -119,6 +119,14 @@ def test_fine_pixels_are_reconstructed_on_the_priors_grid() -> None:
     torch.testing.assert_close(up(coarse), result.mean[0], rtol=1e-3, atol=1e-6)
 
 
+def test_upsampling_keeps_constants_and_ramps_of_pixel_centres() -> None:
+    up = Upsample((8, 8), 2)
+    torch.testing.assert_close(up(torch.ones(8, 8)), torch.ones(16, 16))
+    coarse, fine = (torch.arange(8) + 0.5) / 8, (torch.arange(16) + 0.5) / 16
+    got = up(coarse[:, None].expand(8, 8))[:, 5]
+    torch.testing.assert_close(got[1:-1], fine[1:-1])
+
+
 def test_complex_data_with_real_and_complex_priors() -> None:
     n = 16
     mask = torch.ones(n, n, dtype=torch.bool)

@@ -94,6 +94,17 @@ def test_euler_maruyama_has_weak_order_one() -> None:
     assert slopes[-1] == pytest.approx(1.0, abs=0.15)
 
 
+def test_reverse_diffusion_of_vp_is_the_papers() -> None:
+    """x_s = (2 - sqrt(1 - beta)) x + beta score + sqrt(beta) z, Song et al. (ICLR 2021), D.2."""
+    sde, t, s = VP(), 0.5, 0.4
+    x, x0, z = torch.randn(3, 5, 4, dtype=torch.float64).unbind(0)
+    alpha, sigma = (float(c) for c in sde.marginal(t))
+    beta = 1 - (alpha / float(sde.alpha(s))) ** 2
+    score = (alpha * x0 - x) / sigma**2
+    paper = (2 - math.sqrt(1 - beta)) * x + beta * score + math.sqrt(beta) * z
+    torch.testing.assert_close(reverse_diffusion(sde, x, x0, t, s, z), paper)
+
+
 def test_deterministic_ddim_follows_the_probability_flow() -> None:
     """VE, Gaussian data: x_0 = x_T sqrt((v + s_min^2) / (v + s_max^2)), exactly in the limit."""
     sde, v = VE(0.01, 20.0), 0.49
@@ -118,9 +129,9 @@ def test_langevin_corrector_is_per_sample_and_stationary() -> None:
     both = langevin(0.1)(sde, mates, prior.denoise(mates, t), t, x[1:3])
     torch.testing.assert_close(both[:1], alone)
     for _ in range(50):
-        x = langevin(0.1)(sde, x, prior.denoise(x, t), t, draw())
+        x = langevin(0.5)(sde, x, prior.denoise(x, t), t, draw())
     # stationary variance of a Langevin step of size e on N(0, v): v / (1 - e/(2v))
-    expected = scale / math.sqrt(1 - (0.1 * float(sde.sigma(t)) / scale) ** 2)
+    expected = scale / math.sqrt(1 - (0.5 * float(sde.sigma(t)) / scale) ** 2)
     assert float(x.std()) == pytest.approx(expected, rel=0.01)
 
 
