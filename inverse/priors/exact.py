@@ -108,7 +108,8 @@ class GaussianPrior(Denoiser):
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """``(count, *shape)`` draws, float32."""
         z = torch.randn(count, len(self.mean), generator=generator, dtype=torch.float64)
-        x = self.mean + (z * self.eigenvalues.sqrt()) @ self.basis.T
+        # by Cholesky: unlike eigenvectors, unique, so that draws agree between machines
+        x = self.mean.cpu() + z @ torch.linalg.cholesky(self.covariance_matrix.cpu()).T
         return x.to(torch.float32).reshape(count, *self.shape)
 
     def posterior(self, matrix: Tensor, y: Tensor, sigma_y: float | Tensor) -> GaussianPosterior:
