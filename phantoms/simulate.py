@@ -45,8 +45,9 @@ _BLOCK_BYTES = 256 * 2**20  # system matrix held at a time
 
 
 MODEL_ERROR = 0.01
-"""Default std of the discretisation error of line integrals: the RMS found where a 512 x 512
-chest is projected by another kernel than the 256 x 256 reconstruction's is 0.014."""
+"""Default std of the discretisation error of line integrals, a little cautious: the RMS found
+where a 512 x 512 chest is projected by another kernel than the 256 x 256 reconstruction's is
+0.007 (docs/decisions.md)."""
 
 
 @dataclass(frozen=True)

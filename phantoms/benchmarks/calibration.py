@@ -24,6 +24,7 @@ from inverse.operators.ct import ParallelBeam, RayTransform
 from inverse.operators.linop import LinearOperator
 from inverse.operators.mask import Mask
 from inverse.priors import GaussianPrior
+from inverse.priors.exact import GaussianPosterior
 from inverse.reconstruct import reconstruct
 from inverse.sde import VE
 
@@ -43,8 +44,7 @@ class Fixture:
     name: str
     prior: GaussianPrior
     measurement: Measurement
-    mean: Tensor
-    covariance: Tensor
+    exact: GaussianPosterior
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _fixture(
     measurement = Measurement(
         operator, data.reshape(1, *operator.out_shape), torch.tensor(noise), "MR", (1.0, 1.0)
     )
-    return Fixture(name, prior, measurement, exact.mean, exact.covariance)
+    return Fixture(name, prior, measurement, exact)
 
 
 def measure(fixture: Fixture, label: str, samples: int, seed: int = 0) -> Bias:
@@ -117,7 +117,7 @@ def measure(fixture: Fixture, label: str, samples: int, seed: int = 0) -> Bias:
     )
     draws = result.samples[0].flatten(1).to(torch.float64)
     mean, sd = draws.mean(dim=0), draws.std(dim=0)
-    exact_sd = fixture.covariance.diagonal().sqrt()
+    exact_sd = fixture.exact.covariance.diagonal().sqrt()
     d = len(mean)
     kl = None
     if samples > 20 * d:
@@ -125,11 +125,11 @@ def measure(fixture: Fixture, label: str, samples: int, seed: int = 0) -> Bias:
         determinant = torch.linalg.slogdet(covariance)[1]
         kl = math.inf
         if bool(determinant > -25 * d):
-            kl = _kl(mean, covariance, fixture.mean, fixture.covariance)
+            kl = fixture.exact.kl(mean, covariance)
     return Bias(
         problem=fixture.name,
         method=label,
-        mean_error=float(((mean - fixture.mean) / exact_sd).square().mean().sqrt()),
+        mean_error=float(((mean - fixture.exact.mean) / exact_sd).square().mean().sqrt()),
         sd_ratio=float((sd / exact_sd).mean()),
         kl=kl,
         chi2=float(
@@ -138,13 +138,6 @@ def measure(fixture: Fixture, label: str, samples: int, seed: int = 0) -> Bias:
             .mean()
         ),
     )
-
-
-def _kl(m0: Tensor, c0: Tensor, m1: Tensor, c1: Tensor) -> float:
-    """``KL(N(m0, c0) || N(m1, c1))`` in nats."""
-    from inverse.priors.exact import GaussianPosterior
-
-    return GaussianPosterior(m1, c1).kl(m0, c0)
 
 
 def main() -> None:
