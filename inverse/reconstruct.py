@@ -21,7 +21,8 @@ from inverse.operators.linop import (
     Solve,
 )
 from inverse.operators.resample import Upsample
-from inverse.posterior.methods import METHODS, Problem
+from inverse.posterior.methods import METHODS
+from inverse.posterior.problem import Problem
 from inverse.priors.checkpoint import NetworkPrior
 from inverse.priors.denoiser import Denoiser
 from inverse.sampling import Noise

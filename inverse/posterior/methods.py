@@ -13,30 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from inverse.errors import ReconError
-from inverse.measurement import Measurement
 from inverse.posterior.guidance import Proximal
+from inverse.posterior.problem import Problem
 from inverse.posterior.projection import song_projection
-from inverse.priors.denoiser import Denoiser
-from inverse.sampling import Noise, langevin, renoise, reverse_diffusion, sample, time_grid
+from inverse.sampling import langevin, renoise, reverse_diffusion, sample, time_grid
 
-__all__ = ["METHODS", "Method", "Problem"]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One batch to reconstruct, in prior units.
-
-    Attributes:
-        prior: denoiser.
-        measurement: data of the batch.
-        noise: randomness of the batch's samples.
-        callback: progress, ``(i, n)``.
-    """
-
-    prior: Denoiser
-    measurement: Measurement
-    noise: Noise
-    callback: Callable[[int, int], None] | None = None
+__all__ = ["METHODS", "Method"]
 
 
 def dds(
