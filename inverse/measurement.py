@@ -81,7 +81,9 @@ class Measurement:
         noise = self.noise
         if noise.ndim == self.data.ndim and noise.shape[0] == len(self) and len(self) > 1:
             noise = noise[index]
-        return replace(self, data=self.data[index], noise=noise)
+        return replace(
+            self, operator=self.operator.take(index), data=self.data[index], noise=noise
+        )
 
     def to(self, device: torch.device | str) -> Measurement:
         """The same measurement on another device; this one, its operator included, stays."""

@@ -23,11 +23,31 @@ from torch import Tensor
 
 from inverse.errors import GeometryError, InputError, UnsupportedError
 from inverse.measurement import Measurement
-from inverse.operators.ct import Geometry, Kernel, RayTransform, matrix_bytes, square_pixel
-from inverse.operators.mask import Mask
-from inverse.operators.mri import CartesianMRI, MaskKind, cartesian_mask, centred_fft
+from inverse.operators.coils import combine_coils, espirit
+from inverse.operators.ct import (
+    FanBeam,
+    Kernel,
+    ParallelBeam,
+    RayTransform,
+    matrix_bytes,
+    square_pixel,
+)
+from inverse.operators.mask import Mask, central_hole, random_pixels
+from inverse.operators.metal import UnspoiledRays, metal_trace
+from inverse.operators.mri import (
+    CartesianMRI,
+    MaskKind,
+    Sense,
+    cartesian_mask,
+    centred_fft,
+    centred_ifft,
+)
 from inverse.operators.noise import add_gaussian, count_photons, generator, line_integrals
+from inverse.operators.nufft import NonCartesian, density_compensation, radial, spiral
+from inverse.operators.patterns import central_box
 from inverse.operators.units import AIR_HU, MU_WATER, hu_to_mu
+from phantoms.beam import Tube, split
+from phantoms.coils import CoilArray
 from phantoms.shapes import Ellipses
 
 __all__ = [
@@ -37,6 +57,7 @@ __all__ = [
     "simulate_ct_analytic",
     "simulate_inpainting",
     "simulate_mri",
+    "smooth_phase",
 ]
 
 Float32 = NDArray[np.float32]
@@ -66,10 +87,13 @@ class Simulation:
 def simulate_ct(
     hu: NDArray[Any],
     pixel_mm: float | tuple[float, float],
-    geometry: Geometry,
+    geometry: ParallelBeam | FanBeam,
     *,
     matrix: int = 256,
     photons: float = 1e5,
+    electronic_noise: float = 0.0,
+    metal: NDArray[np.bool_] | None = None,
+    kvp: float | None = None,
     model_error: float = MODEL_ERROR,
     seed: int = 0,
     positions: Sequence[int] | None = None,
@@ -79,7 +103,11 @@ def simulate_ct(
 
     With a native grid finer than the reconstruction's, rays measure their length in its pixels,
     two to a bin (each coarse bin's rays see pixels that the reconstruction cannot represent);
-    on an equal grid, strips four to a bin do, since its own kernel would be an inverse crime.
+    on an equal grid, four to a bin meet the pixels by another kernel than the reconstruction's,
+    which would be an inverse crime.
+
+    Metal becomes titanium; the rays through it are measured, but not used: the operator leaves
+    out the trace of the true metal, widened by a bin.  The truth is the patient without metal.
 
     Args:
         hu: slices ``(Z, Y, X)`` in HU; values below air count as air.
@@ -88,6 +116,10 @@ def simulate_ct(
         matrix: rows and columns of the reconstruction grid, at most those of ``hu``; slices that
             are not square are first padded with air.
         photons: expected counts of a bin in air.
+        electronic_noise: std of the electronics' noise in counts.
+        metal: mask of the shape of ``hu``, for example of :func:`phantoms.beam.implants`.
+        kvp: tube voltage of a polychromatic beam with the scanner's correction for water, see
+            :class:`phantoms.beam.Tube`; default a beam of one energy.
         model_error: std of what the reconstruction's pixels cannot represent, in line integrals;
             added to the stated noise (not to the data), as a calibration scan would find it.
         seed: seed of the noise.
@@ -95,8 +127,9 @@ def simulate_ct(
         mu_water: attenuation of water in 1/mm.
 
     Raises:
-        GeometryError: an array that is not a stack, or a matrix finer than the slices.
-        InputError: values that are not finite, photons that are not positive.
+        GeometryError: an array that is not a stack, a mask of another shape, or a matrix finer
+            than the slices.
+        InputError: values that are not finite, photons, noise or voltage out of range.
         UnsupportedError: pixels that are not square.
     """
     volume = _stack(hu, "CT slices")
@@ -105,23 +138,74 @@ def simulate_ct(
     native = padded.shape[-1]
     pixel = native * fine / matrix if matrix > 0 else math.nan
     truth = hu_to_mu(torch.from_numpy(area_mean(padded, matrix)), mu_water)
-    image = hu_to_mu(torch.from_numpy(padded), mu_water)
+    if metal is not None:
+        if metal.shape != volume.shape:
+            raise GeometryError(
+                f"the metal mask must have the shape of the slices, {volume.shape}, got "
+                f"{metal.shape}"
+            )
+        metal = _square(metal.astype(np.float32), 0.0) > 0
+    parts = split(padded, metal, mu_water)
     finer = native > matrix
-    kernel: Kernel = "line" if finer else "strip"
+    # strips for lack of a finer grid; beams without strips interpolate where lengths reconstruct
+    strips = isinstance(geometry, ParallelBeam) or not (geometry.curved or geometry.offset_mm)
+    kernel: Kernel = "line" if finer else "strip" if strips else "linear"
     rays = 2 if finer else 4
-    values = _project(image, geometry.finer(rays), fine, kernel).unflatten(-1, (-1, rays))
     how = (
         f"{rays} rays a bin ({kernel} kernel) through {native} x {native} pixels of {fine:.4g} mm"
     )
-    return _scan(
-        values, truth, geometry, pixel, photons, model_error, seed, positions, mu_water, how
+
+    def project(part: NDArray[np.float32]) -> Tensor:
+        lines = _project(torch.from_numpy(part), geometry.finer(rays), fine, kernel)
+        return lines.unflatten(-1, (-1, rays))
+
+    tube = None if kvp is None else Tube(kvp)
+    if tube is None:
+        values = project(np.sum(list(parts.values()), axis=0))
+    else:
+        values = tube.measured({m: project(part) for m, part in parts.items()})
+        how += f"; {kvp:g} kV spectrum through {', '.join(m.name for m in parts)}"
+    scan = _scan(
+        values,
+        truth,
+        geometry,
+        pixel,
+        photons,
+        model_error,
+        seed,
+        positions,
+        mu_water,
+        how,
+        electronic_noise,
+        tube,
+    )
+    if metal is None:
+        return scan
+    return _without_metal(scan, torch.from_numpy(area_mean(metal.astype(np.float32), matrix) > 0))
+
+
+def _without_metal(scan: Simulation, metal: Tensor) -> Simulation:
+    """The same scan for an operator that leaves out the rays through metal."""
+    measurement = scan.measurement
+    whole = measurement.operator
+    assert isinstance(whole, RayTransform)
+    operator = UnspoiledRays(whole, metal_trace(whole, metal, margin=1))
+    spoiled = float((~operator.good).double().mean())
+    return replace(
+        scan,
+        measurement=replace(
+            measurement,
+            operator=operator,
+            data=torch.where(operator.good, measurement.data, 0.0),
+            provenance={**measurement.provenance, "metal": "titanium", "spoiled_rays": spoiled},
+        ),
     )
 
 
 def simulate_ct_analytic(
     slices: Sequence[Ellipses],
     pixel_mm: float,
-    geometry: Geometry,
+    geometry: ParallelBeam | FanBeam,
     *,
     matrix: int = 256,
     photons: float = 1e5,
@@ -181,51 +265,179 @@ def simulate_mri(
     acceleration: float = 4.0,
     kind: MaskKind = "gaussian1d",
     centre_fraction: float = 0.08,
+    trajectory: Literal["cartesian", "radial", "spiral"] = "cartesian",
+    coils: int = 1,
+    phase: float = 0.0,
     noise: float = 0.01,
     seed: int = 0,
     positions: Sequence[int] | None = None,
 ) -> Simulation:
-    r"""An undersampled single-coil Cartesian acquisition of given images.
+    r"""An undersampled acquisition of given images, by one coil or several.
 
-    The image itself is the object: its k-space is the FFT on its own grid, which is the
-    reconstruction's too, as in most published experiments; real acquisitions are harder, and the
-    provenance states it.
+    One coil on a Cartesian grid: the image itself is the object; its k-space is the FFT on its
+    own grid, which is the reconstruction's too, as in most published experiments.  Real
+    acquisitions are harder, and the provenance states it.
+
+    Otherwise the image is interpolated to twice the grid, seen through the Biot-Savart fields of
+    loops around it (:class:`phantoms.coils.CoilArray`) and transformed there.  The operator that
+    is to reconstruct the data knows none of this: its maps are calibrated from the data's centre,
+    as a scanner's are, or, for other trajectories, from a short Cartesian scan before.
 
     Args:
         image: ``(Z, Y, X)``, real or complex, any unit.
         pixel_mm: (row, column) spacing in mm.
-        acceleration: grid size over measured samples.
-        kind: sampling pattern; see :func:`inverse.operators.mri.cartesian_mask`.
-        centre_fraction: fully sampled centre.
+        acceleration: grid size over measured samples; for other trajectories the spokes, or the
+            arms of a spiral, that leave no gap, over those measured.
+        kind: Cartesian sampling pattern; see :func:`inverse.operators.mri.cartesian_mask`.
+        centre_fraction: its fully sampled centre.
+        trajectory: ``"radial"`` by the golden angle or ``"spiral"`` need the extra ``nufft``.
+        coils: receive coils around the image.
+        phase: amplitude in radians of a smooth random phase that the images get, each its own.
         noise: std of the real and of the imaginary part of a k-space sample, relative to the 99th
-            percentile of the magnitude of all images (the transform is orthonormal, so this is
-            also the noise of a fully sampled image).
-        seed: seed of the pattern and of the noise.
+            percentile of the magnitude of all images (the transform is orthonormal, and coils
+            have unit root-sum-of-squares, so this is also the noise of a fully sampled image).
+        seed: seed of the pattern, the phase and the noise.
         positions: position of each slice in its series, for the seeds; default 0, 1, ...
 
+    Returns:
+        Data and truth; with several coils the truth has the phase of the calibration's virtual
+        coil, to which the maps refer.
+
     Raises:
-        GeometryError: an array that is not a stack, or an impossible pattern.
+        GeometryError: an array that is not a stack, an impossible pattern, or a centre too small
+            for calibration.
         InputError: values that are not finite, or a noise level that is not positive.
+        UnsupportedError: another trajectory without the package that it needs.
     """
     volume = _stack(image, "MR images")
-    truth = torch.from_numpy(volume).to(torch.complex64)
     std = _noise_std(noise, _level(volume))
-    h, w = volume.shape[-2:]
-    operator = CartesianMRI(cartesian_mask((h, w), acceleration, centre_fraction, kind, seed))
-    noisy = add_gaussian(centred_fft(truth), std, _seeds(seed, len(truth), positions))
+    shape = (volume.shape[-2], volume.shape[-1])
+    truth = torch.from_numpy(volume).to(torch.complex64)
+    if phase:
+        numbers = range(len(truth)) if positions is None else positions
+        turns = [smooth_phase(shape, phase, generator(seed, int(n), 1)) for n in numbers]
+        truth = truth * torch.polar(torch.ones(()), torch.stack(turns))
+    seeds = _seeds(seed, len(truth), positions)
+    fields = _fields(shape, pixel_mm, coils)
+    path: dict[str, Any]
+    operator: CartesianMRI | Sense | NonCartesian
+    if trajectory == "cartesian":
+        mask = cartesian_mask(shape, acceleration, centre_fraction, kind, seed)
+        operator, data, sigma = _on_grid(truth, fields, mask, std, seeds)
+        path = {"mask": kind, "centre_fraction": centre_fraction}
+    else:
+        samples = _path(trajectory, max(shape), acceleration)
+        operator, data, sigma = _off_grid(truth, fields, samples, std, seeds)
+        path = {"trajectory": trajectory, "samples": len(samples)}
+    if not isinstance(operator, CartesianMRI) and coils > 1:
+        coarse = _crop(fields)
+        seen = torch.sgn(combine_coils(coarse * truth[:, None], operator.maps))
+        truth = truth.abs() * torch.where(seen == 0, 1, seen)
     provenance = {
-        "simulation": "FFT of the images on their own grid, which is the reconstruction's too",
-        "mask": kind,
+        "simulation": (
+            "FFT of the images on their own grid, which is the reconstruction's too"
+            if isinstance(operator, CartesianMRI)
+            else f"Fourier transform on twice the grid, Biot-Savart fields of {coils} loops"
+            if coils > 1
+            else "Fourier transform on twice the grid"
+        ),
+        **path,
         "acceleration": acceleration,
-        "centre_fraction": centre_fraction,
+        "coils": coils,
+        "phase": phase,
         "noise": noise,
         "seed": seed,
     }
-    data = torch.where(operator.mask, noisy, 0)
-    measurement = Measurement(
-        operator, data, torch.tensor(std), "MR", pixel_mm, provenance=provenance
-    )
+    measurement = Measurement(operator, data, sigma, "MR", pixel_mm, provenance=provenance)
     return Simulation(measurement, truth)
+
+
+def smooth_phase(shape: tuple[int, int], amplitude: float, seed: torch.Generator) -> Tensor:
+    """A random phase map of at most 1.5 cycles over the field, ``|phase| <= amplitude``.
+
+    Args:
+        shape: rows and columns.
+        amplitude: radians.
+        seed: generator of the map.
+    """
+    y, x = (torch.linspace(-0.5, 0.5, n) for n in shape)
+    wave, start = torch.rand(6, 2, generator=seed) * 3 - 1.5, torch.rand(6, generator=seed)
+    turns = wave[:, :1, None] * y[:, None] + wave[:, 1:, None] * x + start[:, None, None]
+    phase = torch.cos(2 * math.pi * turns).sum(dim=0)
+    return amplitude * phase / phase.abs().max()
+
+
+def _fields(shape: tuple[int, int], pixel_mm: tuple[float, float], coils: int) -> Tensor:
+    """Sensitivities on twice the grid, ``(coils, 2 H, 2 W)``; one coil sees all alike."""
+    h, w = shape
+    if coils == 1:
+        return torch.ones(1, 2 * h, 2 * w, dtype=torch.complex64)
+    reach = math.hypot(h * pixel_mm[0], w * pixel_mm[1]) / 2
+    array = CoilArray(coils, 1.15 * reach, stagger_mm=0.1 * reach)
+    return torch.from_numpy(array.maps((2 * h, 2 * w), (pixel_mm[0] / 2, pixel_mm[1] / 2)))
+
+
+def _crop(fine: Tensor) -> Tensor:
+    """Every second pixel: pixel j of H is pixel ``2 (j - H // 2) + H`` of 2 H."""
+    h, w = fine.shape[-2] // 2, fine.shape[-1] // 2
+    return fine[..., h - 2 * (h // 2) :: 2, w - 2 * (w // 2) :: 2]
+
+
+def _finer(image: Tensor) -> Tensor:
+    """The image on twice the grid, of the same energy: zeros around its k-space."""
+    h, w = image.shape[-2:]
+    rows, cols = central_box((2 * h, 2 * w), (h, w))
+    spectrum = image.new_zeros(len(image), 2 * h, 2 * w)
+    spectrum[:, rows, cols] = centred_fft(image)
+    return centred_ifft(spectrum)
+
+
+def _on_grid(
+    truth: Tensor, fields: Tensor, mask: Tensor, std: float, seeds: Sequence[torch.Generator]
+) -> tuple[CartesianMRI | Sense, Tensor, Tensor]:
+    """Operator, data and noise std of a Cartesian scan."""
+    sigma = torch.tensor(std)
+    if len(fields) == 1:
+        full = centred_fft(truth)
+        return CartesianMRI(mask), torch.where(mask, add_gaussian(full, std, seeds), 0), sigma
+    data = _coil_data(truth, fields, mask, std, seeds)
+    return Sense(espirit(data).maps, mask), data, sigma
+
+
+def _coil_data(
+    truth: Tensor, fields: Tensor, mask: Tensor, std: float, seeds: Sequence[torch.Generator]
+) -> Tensor:
+    """Measured k-space ``(slices, coils, H, W)``, computed on twice the grid."""
+    rows, cols = central_box((fields.shape[-2], fields.shape[-1]), tuple(mask.shape))
+    full = torch.stack([centred_fft(fields * one)[:, rows, cols] for one in _finer(truth)])
+    return torch.where(mask, add_gaussian(full, std, seeds), 0)
+
+
+def _path(name: str, n: int, acceleration: float) -> Tensor:
+    """A trajectory for a matrix of n, thinned by the acceleration."""
+    if name == "radial":
+        return radial(max(1, round(math.pi / 2 * n / acceleration)), 2 * n)
+    turns = 4.0
+    arms = max(1, round(n / (2 * turns * acceleration)))
+    return spiral(arms, round(math.pi * turns * n), turns)
+
+
+def _off_grid(
+    truth: Tensor, fields: Tensor, path: Tensor, std: float, seeds: Sequence[torch.Generator]
+) -> tuple[NonCartesian, Tensor, Tensor]:
+    """Operator, data and noise std of a scan along a trajectory; all carry the root density."""
+    shape = (truth.shape[-2], truth.shape[-1])
+    density = density_compensation(path, shape)
+    scanner = NonCartesian(path / 2, (2 * shape[0], 2 * shape[1]), fields, density)
+    sigma = std * density.sqrt()
+    data = add_gaussian(scanner(_finer(truth)), sigma, seeds)
+    if len(fields) == 1:
+        return NonCartesian(path, shape, density=density), data, sigma
+    # a Cartesian scan of low resolution before calibrates the coils
+    before = torch.zeros(shape, dtype=torch.bool)
+    before[central_box(shape, (32, 32))] = True
+    maps = espirit(_coil_data(truth, fields, before, std, seeds)).maps
+    return NonCartesian(path, shape, maps, density), data, sigma
 
 
 def simulate_inpainting(
@@ -281,14 +493,10 @@ def simulate_inpainting(
         level = _level(volume)
     std = _noise_std(noise, level)
     h, w = volume.shape[-2:]
-    known = torch.ones(h, w, dtype=torch.bool)
     if kind == "square":
-        a, b = round(hole * h), round(hole * w)
-        top, left = (h - a) // 2, (w - b) // 2
-        known[top : top + a, left : left + b] = False
+        known = central_hole((h, w), hole)
     else:
-        order = torch.randperm(h * w, generator=generator(seed))
-        known.view(-1)[order[: round(hole * h * w)]] = False
+        known = random_pixels((h, w), hole, generator(seed))
     operator = Mask(known)
     noisy = add_gaussian(truth, std, _seeds(seed, len(truth), positions))
     provenance = {
@@ -335,15 +543,17 @@ def area_mean(image: Float32, size: int) -> Float32:
     return np.asarray(overlap @ image @ overlap.T)
 
 
-def _project(image: Tensor, geometry: Geometry, pixel_mm: float, kernel: Kernel) -> Tensor:
+def _project(
+    image: Tensor, geometry: ParallelBeam | FanBeam, pixel_mm: float, kernel: Kernel
+) -> Tensor:
     """Line integrals, some views at a time so that the matrix stays small; not cached."""
     shape = (image.shape[-2], image.shape[-1])
-    views = len(geometry.angles)
+    views = geometry.views
     need = matrix_bytes(geometry, shape, pixel_mm, kernel)
     step = max(1, math.floor(views * _BLOCK_BYTES / max(need, 1)))
     parts = []
     for start in range(0, views, step):
-        part = replace(geometry, angles=geometry.angles[start : start + step])
+        part = geometry.take(range(start, min(start + step, views)))
         parts.append(RayTransform(part, shape, pixel_mm, kernel, cache=False)(image))
     return torch.cat(parts, dim=-2)
 
@@ -351,7 +561,7 @@ def _project(image: Tensor, geometry: Geometry, pixel_mm: float, kernel: Kernel)
 def _scan(
     values: Tensor,
     truth: Tensor,
-    geometry: Geometry,
+    geometry: ParallelBeam | FanBeam,
     pixel_mm: float,
     photons: float,
     model_error: float,
@@ -359,20 +569,25 @@ def _scan(
     positions: Sequence[int] | None,
     mu_water: float,
     how: str,
+    electronic_noise: float = 0.0,
+    tube: Tube | None = None,
 ) -> Simulation:
     """Noisy data from the line integrals of each bin's rays, ``(slices, views, bins, rays)``."""
     # the rays of a bin add their intensities, not their line integrals
     line = math.log(values.shape[-1]) - torch.logsumexp(-values.double(), dim=-1)
-    counts = count_photons(line, photons, _seeds(seed, len(line), positions))
+    counts = count_photons(line, photons, _seeds(seed, len(line), positions), electronic_noise)
     if not (math.isfinite(model_error) and model_error >= 0):
         raise InputError(f"model_error must be finite and not negative, got {model_error}")
-    data, std = line_integrals(counts, photons)
+    data, std = line_integrals(counts, photons, electronic_noise)
+    if tube is not None:
+        data, std = tube.water_corrected(data, std)
     std = torch.hypot(std, torch.tensor(model_error))
     operator = RayTransform(geometry, (truth.shape[-2], truth.shape[-1]), pixel_mm)
     provenance = {
         "simulation": how,
         "geometry": repr(geometry),
         "photons": photons,
+        "electronic_noise": electronic_noise,
         "model_error": model_error,
         "starved": int((counts < 1).sum()),
         "seed": seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,56 @@ def test_ct_data_fit_the_truth_up_to_the_grid(beam) -> None:
     assert 3.0 < float(exact.measurement.chi2(exact.truth)) < 1e5
     mean = float((s.truth / MU_WATER * 1000).mean())
     assert mean == pytest.approx(float(np.mean(hu(1)) + 1000), rel=1e-5)
+
+
+SIZE = ((MATRIX, MATRIX), 2 * PX)
+
+
+@pytest.mark.parametrize(
+    "beam",
+    [
+        FanBeam.sparse(24, *SIZE, short_scan=True),
+        FanBeam.sparse(24, *SIZE, curved=True),
+        replace(FanBeam.sparse(24, *SIZE), bins=40, offset_mm=30.0),
+        replace(BEAM, bins=20),
+        replace(BEAM, offset_mm=0.7),
+    ],
+    ids=["short scan", "curved", "half fan", "truncated", "offset"],
+)
+def test_every_geometry_is_simulated(beam) -> None:
+    s = simulate_ct(hu(1), PX, beam, matrix=MATRIX, photons=1e3, model_error=0.0)
+    assert s.measurement.chi2(s.truth).numpy() == pytest.approx(1.0, abs=0.2)
+    exact = simulate_ct_analytic([BODY], 2 * PX, beam, matrix=MATRIX, photons=1e7)
+    finer = simulate_ct(hu(1), PX, beam, matrix=MATRIX, photons=1e7)
+    difference = finer.measurement.data - exact.measurement.data
+    assert float(difference.norm() / exact.measurement.data.norm()) < 0.01
+
+
+def test_electronic_noise_is_stated() -> None:
+    kwargs = {"matrix": MATRIX, "photons": 2e3, "model_error": 0.0}
+    loud = simulate_ct(hu(1), PX, BEAM, electronic_noise=15.0, **kwargs)
+    quiet = simulate_ct(hu(1), PX, BEAM, **kwargs)
+    assert loud.measurement.chi2(loud.truth).numpy() == pytest.approx(1.0, abs=0.15)
+    assert float((loud.measurement.noise / quiet.measurement.noise).min()) > 1.0
+    assert loud.measurement.provenance["electronic_noise"] == 15.0
+    with pytest.raises(InputError, match="electronic"):
+        simulate_ct(hu(1), PX, BEAM, electronic_noise=-1.0, **kwargs)
+
+
+def test_starved_scans_stay_finite() -> None:
+    s = simulate_ct(hu(1), PX, BEAM, matrix=MATRIX, photons=3.0, electronic_noise=2.0, kvp=80.0)
+    m = s.measurement
+    assert m.provenance["starved"] > 50
+    assert bool(torch.isfinite(m.data).all() & torch.isfinite(m.noise).all())
+
+
+@pytest.mark.parametrize("curved", [False, True])
+def test_ct_on_an_equal_grid_of_fans(curved) -> None:
+    beam = FanBeam.sparse(12, (FINE, FINE), PX, curved=curved)
+    s = simulate_ct(hu(1), PX, beam, matrix=FINE)
+    kernel = "linear" if curved else "strip"
+    assert f"4 rays a bin ({kernel} kernel)" in s.measurement.provenance["simulation"]
+    assert s.measurement.operator.kernel == "line"
 
 
 def test_ct_on_an_equal_grid_uses_another_kernel() -> None:
@@ -249,3 +300,39 @@ def test_hu_of_a_real_slice_survive_180_views(shared_data: Path) -> None:
         )
         assert region.sum() > 200
         assert abs(float((image - truth)[region].mean())) < 15
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--geometry", "fan", "--short-scan"), "FanBeam(9 views over 2"),
+        (("--geometry", "fan-curved"), "curved bins"),
+        (("--detector", "40"), "40 bins"),
+        (("--electronic-noise", "5", "--kvp", "120"), "ParallelBeam"),
+        (("--metal", "1"), "ParallelBeam"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_command_line_options(tmp_path: Path, options, expected) -> None:
+    from cli_tools import recon, series
+
+    from inverse.io.measurement_file import read_measurement
+    from inverse.operators.metal import UnspoiledRays
+
+    source, out = series(tmp_path / "in", 1), tmp_path / "m.h5"
+    assert recon("simulate", "ct", source, "-o", out, "--views", "9", *options) == 0
+    m = read_measurement(out).measurement
+    assert expected in m.provenance["geometry"]
+    assert isinstance(m.operator, UnspoiledRays) == ("--metal" in options)
+    assert m.provenance["electronic_noise"] == (5.0 if "--kvp" in options else 0.0)
+    assert ("120 kV" in m.provenance["simulation"]) == ("--kvp" in options)
+
+
+def test_command_line_refuses_short_scans_of_parallel_beams(tmp_path: Path, capsys) -> None:
+    from cli_tools import recon, series
+
+    source = series(tmp_path / "in", 1)
+    out = tmp_path / "m.h5"
+    assert recon("simulate", "ct", source, "-o", out, "--short-scan") == 4
+    assert "half turn" in capsys.readouterr().err
+    assert not out.exists()

@@ -3,15 +3,22 @@
 Each takes a :class:`~inverse.measurement.Measurement` and returns images in its physical units.
 """
 
-from inverse.classical.linear import cgls, fbp, tikhonov, zero_filled
+from inverse.classical.linear import cgls, fbp, os_sart, sirt, tikhonov, zero_filled
+from inverse.classical.mri import L1_WEIGHT, cg_sense, l1_wavelet, root_sum_of_squares
 from inverse.classical.variation import TV_WEIGHT, TV_WEIGHT_MR, TotalVariation, tv
 
 __all__ = [
+    "L1_WEIGHT",
     "TV_WEIGHT",
     "TV_WEIGHT_MR",
     "TotalVariation",
+    "cg_sense",
     "cgls",
     "fbp",
+    "l1_wavelet",
+    "os_sart",
+    "root_sum_of_squares",
+    "sirt",
     "tikhonov",
     "tv",
     "zero_filled",

@@ -1,33 +1,172 @@
-"""Linear reconstructions: filtered backprojection, zero filling, ridge and CG least squares."""
+"""Linear reconstructions: filtered backprojection, SIRT, zero filling, ridge and CG."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from inverse.errors import NumericalError, UnsupportedError
+from inverse.errors import InputError, NumericalError, UnsupportedError
 from inverse.measurement import Measurement
 from inverse.operators import ct
 from inverse.operators.linop import Solve
+from inverse.operators.metal import UnspoiledRays, interpolate_trace
 
-__all__ = ["cgls", "fbp", "tikhonov", "zero_filled"]
+__all__ = ["cgls", "fbp", "os_sart", "sirt", "tikhonov", "zero_filled"]
 
 
-def fbp(measurement: Measurement, filter: ct.Window = "ram-lak") -> Tensor:
-    """Filtered backprojection of a CT measurement; see :func:`inverse.operators.ct.fbp`.
+def fbp(
+    measurement: Measurement,
+    filter: ct.Window = "ram-lak",
+    cutoff: float = 1.0,
+    *,
+    extend: bool = False,
+) -> Tensor:
+    """Filtered backprojection of a CT measurement; see :func:`inverse.operators.fbp.fbp`.
+
+    Rays that metal spoils are first interpolated linearly along the detector.
 
     Returns:
-        Attenuation ``(slices, H, W)`` in 1/mm.
+        Attenuation ``(slices, *in_shape)`` in 1/mm.
 
     Raises:
         UnsupportedError: if the operator is not a :class:`~inverse.operators.ct.RayTransform`.
     """
-    if not isinstance(measurement.operator, ct.RayTransform):
+    operator, data = measurement.operator, measurement.data
+    if isinstance(operator, UnspoiledRays):
+        data = interpolate_trace(data, operator)
+    if not isinstance(operator, ct.RayTransform):
         raise UnsupportedError(
-            f"filtered backprojection needs a RayTransform, got {measurement.operator!r}; use "
+            f"filtered backprojection needs a RayTransform, got {operator!r}; use "
             f"zero_filled, cgls or tv"
         )
-    return ct.fbp(measurement.data, measurement.operator, filter)
+    return ct.fbp(data, operator, filter, cutoff, extend=extend)
+
+
+def sirt(
+    measurement: Measurement,
+    iterations: int = 100,
+    discrepancy: float = 1.0,
+    *,
+    nonnegative: bool = True,
+) -> Tensor:
+    r"""Simultaneous iterative reconstruction, regularised by stopping early.
+
+    .. math:: x \leftarrow x + C A^T R\,(y - Ax), \qquad
+        C = \mathrm{diag}(1/A^T\mathbf 1),\ R = \mathrm{diag}(1/A\mathbf 1)
+
+    Each slice stops by itself once its reduced chi-square is at most ``discrepancy``, or after
+    ``iterations``.  The weights are those of the geometry alone, not of the noise.
+
+    Args:
+        measurement: the data, of an operator without negative entries.
+        iterations: most iterations.
+        discrepancy: chi-square a datum at which a slice stops.
+        nonnegative: clip negative values in every iteration.
+
+    Returns:
+        ``(slices, *in_shape)`` in physical units.
+
+    Raises:
+        UnsupportedError: complex data.
+
+    Source: Gregor and Benson, IEEE Trans. Med. Imaging 27 (2008).
+    """
+    return _sart([measurement], measurement, iterations, discrepancy, nonnegative)
+
+
+def os_sart(
+    measurement: Measurement,
+    iterations: int = 10,
+    subsets: int = 10,
+    discrepancy: float = 1.0,
+    *,
+    nonnegative: bool = True,
+) -> Tensor:
+    r"""SIRT on ordered subsets of the views: each iteration is ``subsets`` updates.
+
+    Subset j holds the views j, j + subsets, ...; the order of the subsets is bit-reversed, so
+    that successive ones are far apart.
+
+    Args:
+        measurement: data of a :class:`~inverse.operators.ct.RayTransform`.
+        iterations: most passes over all data.
+        subsets: number of subsets, at most that of the views.
+        discrepancy: chi-square a datum at which a slice stops, judged after each pass.
+        nonnegative: clip negative values in every update.
+
+    Returns:
+        ``(slices, *in_shape)`` in physical units.
+
+    Raises:
+        InputError: a number of subsets below one or above the views'.
+        UnsupportedError: another operator.
+
+    Source: Wang and Jiang, J. X-ray Sci. Technol. 12 (2004).
+    """
+    operator = measurement.operator
+    if not isinstance(operator, ct.RayTransform):
+        raise UnsupportedError(f"os_sart needs a RayTransform, got {operator!r}; use sirt")
+    views = operator.geometry.views
+    if not 1 <= subsets <= views:
+        raise InputError(f"os_sart needs 1 to {views} subsets of {views} views, got {subsets}")
+    bits = max(subsets - 1, 1).bit_length()
+    order = sorted(range(subsets), key=lambda j: int(f"{j:0{bits}b}"[::-1], 2))
+    axis = -len(operator.out_shape)
+    parts = []
+    for j in order:
+        of_views = torch.arange(j, views, subsets, device=measurement.data.device)
+        noise = measurement.noise
+        if noise.ndim >= -axis and noise.shape[axis] == views:
+            noise = noise.index_select(axis, of_views)
+        data = measurement.data.index_select(axis, of_views)
+        part = operator.subset(slice(j, None, subsets))
+        parts.append(replace(measurement, operator=part, data=data, noise=noise))
+    return _sart(parts, measurement, iterations, discrepancy, nonnegative)
+
+
+def _sart(
+    parts: Sequence[Measurement],
+    whole: Measurement,
+    iterations: int,
+    discrepancy: float,
+    nonnegative: bool,
+) -> Tensor:
+    """Passes of weighted updates over the parts of a measurement."""
+    if whole.data.is_complex():
+        raise UnsupportedError(f"sirt serves real data, got {whole.operator!r}; use cgls")
+    shape, device = whole.operator.in_shape, whole.data.device
+
+    def inverse(u: Tensor) -> Tensor:
+        # what no ray meets, and rays that meet nothing, have no weight
+        return torch.where(u > 1e-6 * u.amax(), 1.0 / u, 0.0)
+
+    weights = [
+        (
+            inverse(part.operator.adjoint(torch.ones(part.operator.out_shape, device=device))),
+            inverse(part.operator(torch.ones(shape, device=device))),
+        )
+        for part in parts
+    ]
+    x = torch.zeros(len(whole), *shape, device=device)
+    active = torch.ones(len(whole), dtype=torch.bool, device=device)
+    for _ in range(iterations):
+        active = active & (whole.chi2(x) > discrepancy)
+        if not bool(active.any()):
+            break
+        new = x
+        for part, (c, r) in zip(parts, weights, strict=True):
+            new = new + c * part.operator.adjoint(r * (part.data - part.operator(new)))
+            if nonnegative:
+                new = new.clamp_min(0.0)
+        x = torch.where(active.reshape(-1, *[1] * len(shape)), new, x)
+    if not bool(torch.isfinite(x).all()):
+        raise NumericalError(
+            "sirt left the finite numbers; check that the operator has no negative entries"
+        )
+    return x
 
 
 def zero_filled(measurement: Measurement) -> Tensor:
@@ -96,9 +235,11 @@ def cgls(measurement: Measurement, iterations: int = 50, discrepancy: float = 1.
     s = a.adjoint(r)
     x, p = torch.zeros_like(s), s
     gamma = square(s)
+    # below the rounding of float32 the recursion no longer follows the residual
+    least = 1e-13 * gamma
     tiny = torch.finfo(torch.float64).tiny
     for _ in range(iterations):
-        active = (square(r) > discrepancy * m) & (gamma > 0)
+        active = (square(r) > discrepancy * m) & (gamma > least)
         if not bool(active.any()):
             break
         q = a(p)

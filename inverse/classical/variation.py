@@ -247,7 +247,7 @@ class _Solver:
 
     def matrix(self, x: Tensor) -> Tensor:
         r""":math:`(K^H K + \rho D^T D\ [+ \rho])\,x`."""
-        out = self.op.adjoint(self.op(x))
+        out = self.op.normal(x)
         out += self.rho * _divergence(_gradient(x))
         if self.nonnegative:
             out += self.rho * x
@@ -317,7 +317,9 @@ class _Solver:
         rs = _dot(r, s)
         for step in range(steps):
             q = self.matrix(p)
-            alpha = _each(rs / _dot(p, q).clamp_min(tiny), x)
+            curvature = _dot(p, q)
+            # no step where a converged residual underflows
+            alpha = _each(torch.where(curvature > tiny, rs / curvature.clamp_min(tiny), 0.0), x)
             x = x + alpha * p
             if step == steps - 1:
                 break

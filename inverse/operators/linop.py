@@ -128,6 +128,14 @@ class LinearOperator(nn.Module, ABC):
     def __rmul__(self, factor: complex) -> LinearOperator:
         return Scaled(factor, self)
 
+    def take(self, index: Tensor) -> LinearOperator:
+        """The operator of the slices ``index``; itself where all slices share it.
+
+        Operators that keep one set of values a slice (coil maps, weights) in front of
+        ``in_shape`` select those.
+        """
+        return self
+
     def weighted(self, weight: Tensor) -> LinearOperator:
         """``diag(w) A``: what prewhitening makes of an operator; see :class:`Diagonal`."""
         if weight.numel() == 1:
@@ -220,6 +228,10 @@ class Adjoint(LinearOperator):
     def _adjoint(self, y: Tensor) -> Tensor:
         return self.op._forward(y)
 
+    def take(self, index: Tensor) -> LinearOperator:
+        """Of the operator's slices."""
+        return Adjoint(self.op.take(index))
+
     @property
     def H(self) -> LinearOperator:
         """The operator itself."""
@@ -245,6 +257,10 @@ class Compose(LinearOperator):
     def measured(self) -> int:
         """Those of the outer operator."""
         return self.a.measured
+
+    def take(self, index: Tensor) -> LinearOperator:
+        """Of both operators' slices."""
+        return Compose(self.a.take(index), self.b.take(index))
 
     def _forward(self, x: Tensor) -> Tensor:
         return self.a._forward(self.b._forward(x))
@@ -273,6 +289,10 @@ class Sum(LinearOperator):
     def _adjoint(self, y: Tensor) -> Tensor:
         return self.a._adjoint(y) + self.b._adjoint(y)
 
+    def take(self, index: Tensor) -> LinearOperator:
+        """Of both operators' slices."""
+        return Sum(self.a.take(index), self.b.take(index))
+
     def __repr__(self) -> str:
         return f"({self.a!r} + {self.b!r})"
 
@@ -288,6 +308,10 @@ class Scaled(LinearOperator):
     def measured(self) -> int:
         """Those of the scaled operator."""
         return self.op.measured
+
+    def take(self, index: Tensor) -> LinearOperator:
+        """Of the operator's slices."""
+        return Scaled(self.factor, self.op.take(index))
 
     def _forward(self, x: Tensor) -> Tensor:
         return self.factor * self.op._forward(x)
@@ -343,6 +367,10 @@ class Stack(LinearOperator):
         ]
         return torch.stack(terms).sum(dim=0)
 
+    def take(self, index: Tensor) -> LinearOperator:
+        """Of every operator's slices."""
+        return Stack([op.take(index) for op in self._members()])
+
 
 class Identity(LinearOperator):
     """``x -> x``."""
@@ -373,6 +401,12 @@ class Diagonal(LinearOperator):
 
     def _adjoint(self, y: Tensor) -> Tensor:
         return self.weight.conj() * y
+
+    def take(self, index: Tensor) -> LinearOperator:
+        """The weights of the slices ``index``, where there is one map a slice."""
+        if self.weight.ndim <= len(self.in_shape) or self.weight.shape[0] == 1:
+            return self
+        return Diagonal(self.weight[index], self.in_shape, self.dtype)
 
 
 class ComplexFromReal(LinearOperator):

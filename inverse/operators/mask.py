@@ -1,7 +1,8 @@
-"""Missing pixels: the operator of inpainting."""
+"""Missing pixels, voxels or data: the operator of inpainting, and patterns for it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,14 +11,14 @@ from torch import Tensor
 from inverse.errors import GeometryError
 from inverse.operators.linop import LinearOperator, Solve, _per_sample
 
-__all__ = ["Mask"]
+__all__ = ["Mask", "central_hole", "missing_slices", "random_pixels"]
 
 
 class Mask(LinearOperator):
     r"""Known pixels of an image: :math:`(Ax)_i = m_i x_i` with :math:`m_i \in \{0, 1\}`.
 
     Args:
-        mask: boolean image, true where the pixel is known; shared by all slices.
+        mask: boolean image or volume, true where it is known; shared by the whole batch.
         dtype: dtype of the images.
 
     Raises:
@@ -59,6 +60,68 @@ class Mask(LinearOperator):
     def spec(self) -> dict[str, Any]:
         """Plain JSON values; the mask itself is stored beside them as an array."""
         return {"type": "mask", "shape": list(self.in_shape), "complex": self.dtype.is_complex}
+
+
+def random_pixels(shape: Sequence[int], missing: float, seed: torch.Generator) -> Tensor:
+    """A mask without an exact share of its pixels, drawn at random.
+
+    Args:
+        shape: of the image or volume.
+        missing: share of pixels that are not known.
+        seed: generator of the draw.
+
+    Raises:
+        GeometryError: a share outside 0 to 1.
+    """
+    _check_share(missing, "the share of missing pixels")
+    known = torch.ones(tuple(shape), dtype=torch.bool)
+    order = torch.randperm(known.numel(), generator=seed)
+    known.view(-1)[order[: round(missing * known.numel())]] = False
+    return known
+
+
+def central_hole(shape: Sequence[int], side: float) -> Tensor:
+    """A mask with a rectangular hole in the middle of the last two axes.
+
+    Args:
+        shape: of the image or volume.
+        side: the hole's sides relative to the image's.
+
+    Raises:
+        GeometryError: a side outside 0 to 1.
+    """
+    _check_share(side, "the hole's side")
+    known = torch.ones(tuple(shape), dtype=torch.bool)
+    h, w = shape[-2:]
+    a, b = round(side * h), round(side * w)
+    top, left = (h - a) // 2, (w - b) // 2
+    known[..., top : top + a, left : left + b] = False
+    return known
+
+
+def missing_slices(shape: Sequence[int], slices: Sequence[int]) -> Tensor:
+    """A mask of a volume (Z, Y, X) that lacks whole slices.
+
+    Args:
+        shape: of the volume.
+        slices: numbers of the missing slices along z.
+
+    Raises:
+        GeometryError: a shape without slices, or a slice that is not there.
+    """
+    if len(shape) != 3 or not all(-shape[0] <= k < shape[0] for k in slices):
+        raise GeometryError(
+            f"missing slices need a volume (Z, Y, X) and numbers within it, got {tuple(shape)} "
+            f"and {list(slices)}"
+        )
+    known = torch.ones(tuple(shape), dtype=torch.bool)
+    known[list(slices)] = False
+    return known
+
+
+def _check_share(value: float, what: str) -> None:
+    if not 0.0 < value < 1.0:
+        raise GeometryError(f"{what} must be a share of the image between 0 and 1, got {value}")
 
 
 def masked_divide(b: Tensor, weight: Tensor, start: Tensor | None) -> Tensor:

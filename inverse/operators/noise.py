@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +16,13 @@ from torch import Tensor
 
 from inverse.errors import InputError
 
-__all__ = ["add_gaussian", "count_photons", "generator", "line_integrals"]
+__all__ = [
+    "TransmissionPoisson",
+    "add_gaussian",
+    "count_photons",
+    "generator",
+    "line_integrals",
+]
 
 
 def generator(seed: int, *position: int) -> torch.Generator:
@@ -35,51 +42,143 @@ def generator(seed: int, *position: int) -> torch.Generator:
 
 
 def count_photons(
-    line_integrals: Tensor, photons: float, seeds: Sequence[torch.Generator]
+    line_integrals: Tensor,
+    photons: float,
+    seeds: Sequence[torch.Generator],
+    electronic: float = 0.0,
 ) -> Tensor:
-    r"""Photon counts of a transmission scan, :math:`N \sim \mathrm{Poisson}(I_0 e^{-l})`.
+    r"""Detector readings of a transmission scan, in counts.
+
+    .. math:: N = \mathrm{Poisson}(I_0 e^{-l}) + \sigma_e\,n, \qquad n \sim N(0, 1)
 
     Args:
         line_integrals: :math:`l`, without unit, ``(items, *shape)``.
         photons: :math:`I_0`, expected counts a detector bin in air.
         seeds: one generator an item.
+        electronic: :math:`\sigma_e`, std of the electronics' noise in counts; with it, readings
+            may be negative.
 
     Returns:
-        Counts, float64 ``(items, *shape)``.
+        Readings, float64 ``(items, *shape)``.
 
     Raises:
-        InputError: if ``photons`` is not positive and finite.
+        InputError: if ``photons`` is not positive or ``electronic`` negative.
     """
-    _check_photons(photons)
+    _check_photons(photons, electronic)
     rate = photons * torch.exp(-line_integrals.to(torch.float64))
-    return torch.stack([torch.poisson(r, generator=g) for r, g in zip(rate, seeds, strict=True)])
+    counts = torch.stack([torch.poisson(r, generator=g) for r, g in zip(rate, seeds, strict=True)])
+    return add_gaussian(counts, electronic, seeds) if electronic else counts
 
 
-def line_integrals(counts: Tensor, photons: float) -> tuple[Tensor, Tensor]:
-    r"""Line integrals from counts, and their standard deviation.
+def line_integrals(
+    counts: Tensor, photons: float, electronic: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    r"""Line integrals from readings, and their standard deviation.
 
-    .. math:: y = \log\frac{I_0}{N}, \qquad \sigma = \frac{1}{\sqrt N}
+    .. math:: y = \log\frac{I_0}{N}, \qquad \sigma = \frac{\sqrt{N + \sigma_e^2}}{N}
 
     which is the Gaussian approximation of the Poisson likelihood about the measured counts
-    (second order in :math:`l`).  Bins that caught nothing have no logarithm: counts below one
-    are taken as one, so a starved bin reads :math:`\log I_0` with std 1, a weak lower bound of
-    the true line integral.
+    (second order in :math:`l`); see :class:`TransmissionPoisson` for the likelihood itself.  Bins
+    that caught nothing have no logarithm: readings below one are taken as one, so a starved bin
+    reads :math:`\log I_0` with a std of at least 1, a weak lower bound of the true line integral.
 
     Args:
-        counts: photon counts, any shape.
+        counts: readings, any shape.
         photons: :math:`I_0`, expected counts a detector bin in air.
+        electronic: :math:`\sigma_e`, std of the electronics' noise in counts.
 
     Returns:
         Line integrals and their std, both float32 of the shape of ``counts``.
 
     Raises:
-        InputError: if ``photons`` is not positive and finite.
+        InputError: if ``photons`` is not positive or ``electronic`` negative.
 
     Source: Bouman and Sauer, IEEE Trans. Image Process. 5 (1996).
     """
-    _check_photons(photons)
+    _check_photons(photons, electronic)
     n = counts.to(torch.float64).clamp_min(1.0)
-    return torch.log(photons / n).to(torch.float32), torch.rsqrt(n).to(torch.float32)
+    std = torch.sqrt(n + electronic**2) / n
+    return torch.log(photons / n).to(torch.float32), std.to(torch.float32)
+
+
+@dataclass(frozen=True)
+class TransmissionPoisson:
+    r"""The likelihood of a transmission scan before the logarithm.
+
+    Readings with electronic noise are a Poisson number and a Gaussian one; shifted by the
+    variance of the second they have nearly a Poisson law, mean and variance being right:
+
+    .. math:: N + \sigma_e^2 \sim \mathrm{Poisson}(\lambda), \qquad
+        \lambda(l) = I_0 e^{-l} + \sigma_e^2 .
+
+    Attributes:
+        counts: readings N, any shape; negative ones are allowed with electronic noise.
+        photons: :math:`I_0`, expected counts a detector bin in air.
+        electronic: :math:`\sigma_e` in counts.
+
+    Raises:
+        InputError: counts that are not finite, or photons or noise out of range.
+
+    Source: Snyder et al., J. Opt. Soc. Am. A 10 (1993), for the shift; Erdogan and Fessler, IEEE
+    Trans. Med. Imaging 18 (1999), for the approximation.
+    """
+
+    counts: Tensor
+    photons: float
+    electronic: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_photons(self.photons, self.electronic)
+        if not bool(torch.isfinite(self.counts).all()):
+            raise InputError("photon counts hold NaN or infinite values; mask those bins")
+
+    def _shifted(self) -> Tensor:
+        """Readings as a Poisson number; the likelihood has none below zero."""
+        return (self.counts.to(torch.float64) + self.electronic**2).clamp_min(0.0)
+
+    def _rate(self, line: Tensor) -> tuple[Tensor, Tensor]:
+        signal = self.photons * torch.exp(-line.to(torch.float64))
+        return signal, signal + self.electronic**2
+
+    def value(self, line: Tensor) -> Tensor:
+        r"""Negative log-likelihood of line integrals, less that of a perfect fit; each datum's.
+
+        .. math:: \lambda - N' - N'\log(\lambda/N'), \qquad N' = N + \sigma_e^2
+
+        so it is zero at best, half a chi-square near it, and finite for starved bins.
+
+        Args:
+            line: line integrals, of the shape of ``counts`` up to broadcasting.
+        """
+        n = self._shifted()
+        _, rate = self._rate(line)
+        return rate - n + torch.xlogy(n, n) - torch.xlogy(n, rate)
+
+    def gradient(self, line: Tensor) -> Tensor:
+        r"""Derivative of :meth:`value`, :math:`I_0 e^{-l}\,(N'/\lambda - 1)`; float64."""
+        signal, rate = self._rate(line)
+        return signal * (self._shifted() / rate - 1.0)
+
+    def gaussian(self, line: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The Gaussian likelihood that is nearest about given line integrals.
+
+        One step of Fisher scoring, :math:`y = l - \dot\ell/\mathcal I` with the information
+        :math:`\mathcal I = (I_0 e^{-l})^2/\lambda`; repeated at the solution it becomes the
+        Poisson likelihood's own.  Unlike :func:`line_integrals` it is unbiased at low counts.
+
+        Args:
+            line: line integrals about which to expand, such as those of an earlier image.
+
+        Returns:
+            Data and their std, float32, for :class:`inverse.measurement.Measurement`.  Where the
+            expected signal is below a thousandth of a count, the datum says nothing, and its std
+            is that of such a bin.
+        """
+        signal, rate = self._rate(line)
+        signal = signal.clamp_min(1e-3)
+        rate = torch.maximum(rate, signal)
+        data = line - signal * (self._shifted() / rate - 1.0) * rate / signal**2
+        return data.to(torch.float32), (torch.sqrt(rate) / signal).to(torch.float32)
 
 
 def add_gaussian(data: Tensor, std: float | Tensor, seeds: Sequence[torch.Generator]) -> Tensor:
@@ -107,9 +206,13 @@ def add_gaussian(data: Tensor, std: float | Tensor, seeds: Sequence[torch.Genera
     return data + (s * noise).to(data.device)
 
 
-def _check_photons(photons: float) -> None:
+def _check_photons(photons: float, electronic: float) -> None:
     if not (math.isfinite(photons) and photons > 0):
         raise InputError(
             f"photons must be the positive expected count of a bin in air (such as 1e5), "
             f"got {photons}"
+        )
+    if not (math.isfinite(electronic) and electronic >= 0):
+        raise InputError(
+            f"the electronic noise must be a std in counts, not negative, got {electronic}"
         )
