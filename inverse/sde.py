@@ -74,23 +74,27 @@ class SDE(ABC):
         return torch.sqrt(variance_rate - 2 * self.f(t) * self.sigma(t) ** 2)
 
     def time(self, noise_level: float | Tensor) -> Tensor:
-        """The ``t`` at which ``sigma / alpha`` equals ``noise_level`` (monotone; bisection).
+        """The ``t`` at which ``sigma / alpha`` equals ``noise_level``, which grows with ``t``.
 
         Raises:
             ReconError: if the level lies outside ``[noise_level(0), noise_level(1)]``.
         """
-        target = torch.log(as_time(noise_level))
-        low, high = torch.zeros_like(target), torch.ones_like(target)
-        bounds = torch.log(self.noise_level(0.0)), torch.log(self.noise_level(1.0))
-        if not bool(((target > bounds[0] - 1e-9) & (target < bounds[1] + 1e-9)).all()):
+        target = as_time(noise_level)
+        low, high = float(self.noise_level(0.0)), float(self.noise_level(1.0))
+        if not bool(((target > low - 1e-9 * high) & (target < high * (1 + 1e-9))).all()):
             raise ReconError(
-                f"{self}: noise level must lie in [{math.exp(float(bounds[0])):.3g}, "
-                f"{math.exp(float(bounds[1])):.3g}], got {math.exp(float(target.min())):.3g} to "
-                f"{math.exp(float(target.max())):.3g}; choose other levels or a wider SDE"
+                f"{self}: noise level must lie in [{low:.3g}, {high:.3g}], got "
+                f"{float(target.min()):.3g} to {float(target.max()):.3g}; choose other levels or "
+                "a wider SDE"
             )
+        return self._invert(target).clamp(0.0, 1.0)
+
+    def _invert(self, noise_level: Tensor) -> Tensor:
+        """:meth:`time` by bisection; overridden where there is a closed form."""
+        low, high = torch.zeros_like(noise_level), torch.ones_like(noise_level)
         for _ in range(60):
             middle = (low + high) / 2
-            below = torch.log(self.noise_level(middle)) < target
+            below = self.noise_level(middle) < noise_level
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return (low + high) / 2
 
@@ -116,6 +120,9 @@ class VE(SDE):
         """Geometric between ``sigma_min`` and ``sigma_max``."""
         return self.sigma_min * (self.sigma_max / self.sigma_min) ** as_time(t)
 
+    def _invert(self, noise_level: Tensor) -> Tensor:
+        return torch.log(noise_level / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
+
 
 @dataclass(frozen=True)
 class _Beta(SDE):
@@ -135,6 +142,13 @@ class _Beta(SDE):
         u = as_time(t)
         return self.beta_min * u + 0.5 * (self.beta_max - self.beta_min) * u**2
 
+    def _inverse_integral(self, integral: Tensor) -> Tensor:
+        """The ``t`` with ``B(t) = integral``."""
+        slope = self.beta_max - self.beta_min
+        # the root of slope t^2 / 2 + beta_min t = B, written without cancellation
+        root = torch.sqrt(self.beta_min**2 + 2 * slope * integral)
+        return 2 * integral / (self.beta_min + root)
+
     def alpha(self, t: float | Tensor) -> Tensor:
         """``exp(-B/2)``."""
         return torch.exp(-0.5 * self._integral(t))
@@ -148,6 +162,9 @@ class VP(_Beta):
         """``sqrt(1 - exp(-B))`` by ``expm1``, exact for small ``t``."""
         return torch.sqrt(-torch.expm1(-self._integral(t)))
 
+    def _invert(self, noise_level: Tensor) -> Tensor:
+        return self._inverse_integral(torch.log1p(noise_level**2))  # level^2 = e^B - 1
+
 
 @dataclass(frozen=True)
 class SubVP(_Beta):
@@ -156,6 +173,9 @@ class SubVP(_Beta):
     def sigma(self, t: float | Tensor) -> Tensor:
         """``1 - exp(-B)`` by ``expm1``, exact for small ``t``."""
         return -torch.expm1(-self._integral(t))
+
+    def _invert(self, noise_level: Tensor) -> Tensor:
+        return self._inverse_integral(2 * torch.asinh(noise_level / 2))  # level = 2 sinh(B/2)
 
 
 def _derivative(function: Callable[[Tensor], Tensor], t: float | Tensor) -> Tensor:

@@ -65,6 +65,12 @@ def test_time_inverts_the_noise_level(sde: SDE) -> None:
         sde.time(1e9)
 
 
+@pytest.mark.parametrize("sde", SDES, ids=repr)
+def test_time_in_closed_form_is_the_bisections(sde: SDE) -> None:
+    levels = sde.noise_level(torch.logspace(-4, 0, 9, dtype=torch.float64))
+    torch.testing.assert_close(sde.time(levels), SDE._invert(sde, levels), rtol=1e-9, atol=1e-12)
+
+
 def test_small_times_do_not_cancel() -> None:
     # 1 - exp(-B) in float64 loses all digits at B = 1e-17; expm1 keeps them
     t = 1e-16

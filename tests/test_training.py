@@ -1,4 +1,4 @@
-"""Objectives against closed forms, data without leaks, and a loop that resumes exactly."""
+"""Data without leaks, and a loop that resumes exactly under every objective."""
 
 from __future__ import annotations
 
@@ -9,11 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cli_tools import recon
 from safetensors.torch import load_file
 
-from inverse.errors import InputError, NoInputError, NumericalError
-from inverse.priors import GaussianPrior, MixturePrior, NetworkConfig, PriorCard, load_prior
-from inverse.sde import VE
+from inverse.errors import (
+    InputError,
+    NoInputError,
+    NumericalError,
+    ReconError,
+    UnsupportedError,
+)
+from inverse.priors import (
+    GaussianPrior,
+    NetworkConfig,
+    NetworkEnergyPrior,
+    PriorCard,
+    load_prior,
+)
 from inverse.training.data import (
     Augmentation,
     ImageSet,
@@ -22,7 +34,7 @@ from inverse.training.data import (
     split_by_patient,
 )
 from inverse.training.loop import TrainConfig, train
-from inverse.training.objectives import denoising_score_matching, lognormal_levels
+from inverse.training.objectives import OBJECTIVES
 
 CARD = PriorCard(
     name="tiny",
@@ -39,51 +51,6 @@ NETWORK = NetworkConfig(widths=(8, 12), blocks=1, embedding=16)
 CONFIG = TrainConfig(
     steps=6, batch=4, crop=16, warmup=2, validate_every=3, save_every=2, whole=0.5
 )
-
-
-@pytest.mark.parametrize(("sigma", "floor"), [(0.5, 1.052149), (1.0, 0.226973), (2.0, 0.053160)])
-def test_dsm_of_the_exact_score_is_the_known_floor(sigma: float, floor: float) -> None:
-    """1/2 E|s + z/sigma|^2 = 1/2 (1/sigma^2 - J) on the mixture toy: 'sigma2' is twice that
-    times sigma^2 in the score error, so (loss / 2) / sigma^2 here."""
-    prior = MixturePrior(
-        torch.tensor([0.3, 0.7], dtype=torch.float64),
-        torch.tensor([[-2.0], [2.0]]),
-        torch.full((2, 1, 1), 0.25),
-        (1,),
-        VE(),
-    )
-    n = 400_000
-    generator = torch.Generator().manual_seed(0)
-    mode = torch.where(torch.rand(n, 1, generator=generator) < 0.3, -2.0, 2.0)
-    x0 = (mode + 0.5 * torch.randn(n, 1, generator=generator)).double()
-    z = torch.randn(n, 1, generator=generator).double()
-    level = torch.full((n,), sigma, dtype=torch.float64)
-    t = prior.sde.time(sigma)
-    loss = denoising_score_matching(lambda x, _: prior.denoise(x, t), x0, level, z, 1.0, "sigma2")
-    value = loss / 2 / sigma**2
-    error = float(value.std()) / n**0.5
-    assert float(value.mean()) == pytest.approx(floor, abs=4 * error)
-
-
-def test_edm_weighting_makes_the_untrained_loss_one_at_every_level() -> None:
-    x0 = 0.7 * torch.randn(200_000, 1)
-    for sigma in (0.01, 1.0, 30.0):
-        s = torch.full((len(x0),), sigma)
-        skip = 0.49 / (sigma**2 + 0.49)  # F = 0
-        loss = denoising_score_matching(
-            lambda x, _, k=skip: k * x, x0, s, torch.randn_like(x0), 0.7
-        )
-        assert float(loss.mean()) == pytest.approx(1.0, rel=0.02)
-
-
-def test_levels_are_lognormal_stratified_and_clipped() -> None:
-    generator = torch.Generator().manual_seed(0)
-    levels = lognormal_levels(4096, -1.0, 1.5, (0.01, 50.0), generator)
-    assert float(levels.log().mean()) == pytest.approx(-1.0, abs=0.01)
-    assert float(levels.log().std()) == pytest.approx(1.5, rel=0.02)
-    assert float(levels.min()) >= 0.01 - 1e-8
-    few = lognormal_levels(4, -1.0, 1.5, (0.01, 50.0), generator).sort().values
-    assert float(few[0]) < np.exp(-1.0) < float(few[-1])
 
 
 def images(patients: int = 4, each: int = 3, n: int = 40, seed: int = 0) -> ImageSet:
@@ -154,35 +121,143 @@ def test_load_images_reads_npz_by_its_table(tmp_path: Path) -> None:
     assert np.percentile(relative.images[0][relative.images[0] > 0], 99.5) == pytest.approx(1)
 
 
-def run(tmp_path: Path, name: str, config: TrainConfig, **extra) -> PriorCard:
+def run(tmp_path: Path, name: str, config: TrainConfig, size: int = 32, **extra) -> PriorCard:
     return train(
         [images()],
         images(seed=9),
         NETWORK,
         config,
-        CARD,
+        dataclasses.replace(CARD, shape=(size, size)),
         tmp_path / name,
         tmp_path / f"{name}.safetensors",
         **extra,
     )
 
 
-def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
-    whole = run(tmp_path, "whole", CONFIG)
+def energy_config(objective: str, **changes) -> TrainConfig:
+    """An energy network on whole images, which every objective can train."""
+    return dataclasses.replace(
+        CONFIG,
+        objective=objective,
+        network="energy",
+        crop=16,
+        langevin_steps=2,
+        chains=6,
+        **changes,
+    )
 
-    class Kill(Exception):
-        pass
+
+class Kill(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, *(energy_config(name) for name in ("ncsn", "ssm-vr", "pcd", "nce", "fce"))],
+    ids=lambda c: f"{c.objective}-{c.network}",
+)
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, config: TrainConfig
+) -> None:
+    size = 32 if config is CONFIG else 16
+    whole = run(tmp_path, "whole", config, size)
 
     def kill(step: int, *_: object) -> None:
         if step == 5:  # after the state of step 4
             raise Kill
 
     with pytest.raises(Kill):
-        run(tmp_path, "killed", CONFIG, callback=kill)
-    resumed = run(tmp_path, "killed", CONFIG)
+        run(tmp_path, "killed", config, size, callback=kill)
+    resumed = run(tmp_path, "killed", config, size)
     assert resumed.sha256 == whole.sha256
     a, b = (load_file(tmp_path / d / "state.safetensors") for d in ("whole", "killed"))
+    assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
+    stateful = {"pcd": "objective.state", "nce": "objective.c", "fce": "objective.flow"}
+    if config.objective in stateful:
+        own = {k: v for k, v in a.items() if k.startswith(stateful[config.objective])}
+        assert any(bool((v != 0).any()) for v in own.values())
+    if config.objective == "fce":
+        last = [v for k, v in own.items() if k.endswith("net.4.weight")]
+        assert len(last) == 6
+        assert all(bool((v != 0).any()) for v in last), "each coupling starts at zero and learns"
+
+
+@pytest.mark.parametrize("network", ["score", "energy"])
+@pytest.mark.parametrize("name", [n for n in OBJECTIVES if n != "ism"])
+def test_every_objective_trains_a_usable_prior_or_says_why_not(
+    tmp_path: Path, name: str, network: str
+) -> None:
+    config = dataclasses.replace(energy_config(name, steps=2, batch=2), network=network)
+    if network == "score" and OBJECTIVES[name].network == "energy":
+        with pytest.raises(UnsupportedError, match="needs the energy itself"):
+            run(tmp_path, "x", config, 16)
+        return
+    card = run(tmp_path, "x", config, 16)
+    assert card.network == network
+    assert card.training["settings"]["objective"] == name
+    errors = card.training["validation_rmse"]
+    assert all(np.isfinite(v) for v in errors.values())
+    assert errors["5"] < 1.5, "a denoiser from the start: far below the noise"
+    prior = load_prior(tmp_path / "x.safetensors")
+    assert isinstance(prior, NetworkEnergyPrior) == (network == "energy")
+    assert bool(torch.isfinite(prior.denoise(torch.zeros(1, 32, 32), 0.5)).all())
+
+
+def small(tmp_path: Path, config: TrainConfig, size: int = 8) -> PriorCard:
+    card = dataclasses.replace(CARD, shape=(size, size))
+    return train(
+        [images(n=size)],
+        images(n=size, seed=9),
+        dataclasses.replace(NETWORK, patch=1, widths=(8,)),
+        config,
+        card,
+        tmp_path / "run",
+        tmp_path / "small.safetensors",
+    )
+
+
+@pytest.mark.parametrize("network", ["score", "energy"])
+def test_exact_score_matching_trains_small_images_only(tmp_path: Path, network: str) -> None:
+    config = dataclasses.replace(energy_config("ism"), network=network, steps=1, batch=2, crop=8)
+    assert small(tmp_path, config).training["steps"] == 1
+    with pytest.raises(UnsupportedError, match="at most 1024 pixels, got 40 x 40"):
+        small(tmp_path, config, size=40)
+
+
+def test_one_noise_level_trains_at_that_level(tmp_path: Path) -> None:
+    config = energy_config("ssm", sigma_range=(0.3, 0.3))
+    card = run(tmp_path, "one", config, 16)
+    assert list(card.training["validation_rmse"]) == ["0.3"]
+    prior = load_prior(tmp_path / "one.safetensors")
+    assert prior.sde.noise_level(prior.sde.time(0.3)) == pytest.approx(0.3)
+
+
+def test_training_refuses_objectives_that_do_not_fit(tmp_path: Path) -> None:
+    for config, error, text in (
+        (energy_config("gan"), ReconError, "there are dsm, "),
+        (dataclasses.replace(energy_config("pcd"), crop=8), UnsupportedError, "whole images"),
+        (energy_config("pcd", batch=12), InputError, "a chain for every image"),
+        (energy_config("dsm", sigma_range=(0.0, 1.0)), ReconError, "must be positive"),
+        (energy_config("dsm", sigma_range=(2.0, 1.0)), ReconError, "increasing"),
+        (
+            energy_config("dsm-likelihood", sigma_range=(1.0, 1.0)),
+            UnsupportedError,
+            "single level",
+        ),
+        (energy_config("cd", langevin_step=1e9), NumericalError, "Langevin diverged"),
+    ):
+        with pytest.raises(error, match=text):
+            run(tmp_path, "refused", config, 16)
+    good = images()
+    bad = dataclasses.replace(good, images=(*good.images[:-1], good.images[-1] * np.nan))
+    with pytest.raises(InputError, match="NaN"):
+        train([bad], images(seed=9), NETWORK, CONFIG, CARD, tmp_path / "n", tmp_path / "n.st")
+    run(tmp_path, "state", CONFIG)
+    with pytest.raises(InputError, match="another network, objective"):
+        run(tmp_path, "state", dataclasses.replace(CONFIG, objective="ncsn"))
+    with pytest.raises(InputError, match="another network, objective"):
+        run(tmp_path, "state", dataclasses.replace(CONFIG, network="energy"))
 
 
 def test_training_writes_log_card_and_a_loadable_prior(tmp_path: Path) -> None:
@@ -246,3 +321,25 @@ def test_load_images_reads_dicom_and_tells_patients_apart(tmp_path: Path) -> Non
     assert not any("PHANTOM" in p.upper() for p in loaded.patients)
     with pytest.raises(NoInputError, match="no usable slice"):
         load_images(tmp_path, "MR")
+
+
+def test_command_line_lists_objectives_and_trains_by_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recon("train", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, entry in OBJECTIVES.items():
+        assert f"{name} {entry.title}" in text
+    stack = images(n=16)
+    np.savez(tmp_path / "a.npz", hu=np.stack(stack.images))
+    rows = "".join(f"{patient},1.5\n" for patient in stack.patient)
+    (tmp_path / "a.csv").write_text("patient,pixel_mm\n" + rows)
+    out = tmp_path / "e.safetensors"
+    arguments = [
+        "train", "--data", tmp_path / "a.npz", "--modality", "ct", "--out", out, "--steps", 1,
+        "--widths", "8", "--size", 16, "--crop", 16, "--batch", 2, "--network", "energy",
+    ]  # fmt: skip
+    assert recon(*arguments, "--objective", "gan") == 2
+    assert "is not one of dsm" in capsys.readouterr().err
+    assert recon(*arguments, "--objective", "cd") == 0
+    assert isinstance(load_prior(out), NetworkEnergyPrior)

@@ -11,10 +11,10 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,10 +24,18 @@ from torch import Tensor
 
 from inverse.errors import CheckpointError
 from inverse.priors.denoiser import Denoiser, expand
+from inverse.priors.energy import EnergyPrior, edm_energy
 from inverse.priors.network import NetworkConfig, UNet, edm_denoise, position_channels
 from inverse.sde import SDE, VE, as_time
 
-__all__ = ["NetworkPrior", "PriorCard", "list_priors", "load_prior", "save_prior"]
+__all__ = [
+    "NetworkEnergyPrior",
+    "NetworkPrior",
+    "PriorCard",
+    "list_priors",
+    "load_prior",
+    "save_prior",
+]
 
 WEIGHTS = Path(__file__).parent / "weights"
 _FORMAT = "recon-sde prior 1"
@@ -52,6 +60,7 @@ class PriorCard:
         training: command, seed, steps, minutes, hardware and validation losses.
         limits: known failures, in plain sentences.
         sha256: hash of the weights (see :func:`save_prior`).
+        network: what the network's output means: ``"score"`` (a denoiser) or ``"energy"``.
     """
 
     name: str
@@ -67,6 +76,7 @@ class PriorCard:
     training: Mapping[str, Any] = field(default_factory=dict)
     limits: tuple[str, ...] = ()
     sha256: str = ""
+    network: Literal["score", "energy"] = "score"
 
 
 class NetworkPrior(Denoiser):
@@ -75,7 +85,8 @@ class NetworkPrior(Denoiser):
     Args:
         net: the network.
         card: its card.
-        sde: forward process; default VE over the noise levels of training.
+        sde: forward process; default VE over the noise levels of training (over a tenth to
+            either side of a single level).
         pixel_mm: pixel size of the images at hand, mm; see :meth:`at`.
         dtype: arithmetic of the network; ``None`` takes bfloat16 where the processor has it.
 
@@ -90,7 +101,9 @@ class NetworkPrior(Denoiser):
         pixel_mm: float | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(VE(*card.sigma_range) if sde is None else sde)
+        low, high = card.sigma_range
+        own = VE(low, high) if low != high else VE(low / 1.1, high * 1.1)
+        super().__init__(own if sde is None else sde)
         self.net = net.channels_last().eval().requires_grad_(False)
         self.card = card
         self.offset, self.scale = card.offset, card.scale
@@ -109,13 +122,16 @@ class NetworkPrior(Denoiser):
         """``E[x_0 | x_t]``: one call of the network."""
         alpha, sigma = self.sde.marginal(t)
         level = (sigma / alpha).to(device=x_t.device).expand(x_t.shape[0])
-        x = x_t / expand(alpha, x_t)
-        one = self.net.config.channels == 1
+        out = self._call(edm_denoise, x_t / expand(alpha, x_t), level)
+        return out[:, 0] if self.net.config.channels == 1 else out
+
+    def _call(self, function: Callable[..., Tensor], x: Tensor, sigma: Tensor) -> Tensor:
+        """``edm_denoise`` or ``edm_energy`` of the network at this pixel size."""
         pixel = torch.full((x.shape[0],), self.pixel_mm, device=x.device)
         position = position_channels((x.shape[-2], x.shape[-1]), x.device)
         dtype = _best_dtype(x.device) if self.dtype is None else self.dtype
-        out = edm_denoise(self.net, x[:, None] if one else x, level, pixel, position, dtype)
-        return out[:, 0] if one else out
+        images = x[:, None] if self.net.config.channels == 1 else x
+        return function(self.net, images, sigma, pixel, position, dtype)
 
     def error(self, noise_level: float | Tensor) -> Tensor:
         """Held-out RMSE of the card, interpolated in log-log; the default without one."""
@@ -127,6 +143,31 @@ class NetworkPrior(Denoiser):
         # at most the noise itself below the table, constant above it
         value = np.exp(np.interp(np.log(level.numpy()), known[:, 0], known[:, 1]))
         return torch.minimum(torch.from_numpy(np.asarray(value)), level)
+
+
+class NetworkEnergyPrior(EnergyPrior, NetworkPrior):
+    """A trained network as an :class:`~inverse.priors.EnergyPrior`; see ``NetworkPrior``.
+
+    Its arithmetic is float32 unless ``dtype`` says otherwise, so that the score stays the
+    gradient of the energy to rounding.
+    """
+
+    def __init__(
+        self,
+        net: UNet,
+        card: PriorCard,
+        sde: SDE | None = None,
+        pixel_mm: float | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(net, card, sde, pixel_mm, torch.float32 if dtype is None else dtype)
+
+    def energy(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Energy of images at noise levels ``sigma``, ``(b,)``; one call of the network."""
+        return self._call(edm_energy, x, sigma)
+
+
+_KINDS: Mapping[str, type[NetworkPrior]] = {"score": NetworkPrior, "energy": NetworkEnergyPrior}
 
 
 def _best_dtype(device: torch.device) -> torch.dtype:
@@ -245,7 +286,12 @@ def load_prior(
             f"prior file '{path.name}' holds weights that do not fit its network description; "
             "restore the file"
         ) from error
-    return NetworkPrior(net, card, sde, dtype=dtype)
+    if card.network not in _KINDS:
+        raise CheckpointError(
+            f"prior file '{path.name}' holds a network of kind '{card.network}', expected one of "
+            f"{', '.join(_KINDS)}; load it with the version that wrote it"
+        )
+    return _KINDS[card.network](net, card, sde, dtype=dtype)
 
 
 def list_priors() -> list[PriorCard]:

@@ -13,11 +13,13 @@ Source: Efron, Tweedie's formula and selection bias (JASA 2011); Song et al. (IC
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from inverse.errors import UnsupportedError
 from inverse.sde import SDE, as_time
 
 __all__ = ["Denoiser", "expand"]
@@ -81,6 +83,34 @@ class Denoiser(nn.Module, ABC):
         mean = self.denoise(x_t, t)
         return (expand(alpha, x_t) * mean - x_t) / expand(sigma, x_t) ** 2
 
+    def linearise(
+        self, x_t: Tensor, t: float | Tensor
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        r"""``D(x_t)`` and the product ``v -> (dD/dx_t)^T v``: one network call, also in inference.
+
+        Args:
+            x_t: noisy images ``(b, *shape)``.
+            t: time.
+
+        Raises:
+            UnsupportedError: for a denoiser that cannot be differentiated.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x_t.detach().clone().requires_grad_(True)
+            x0 = self.denoise(x, t)
+        if not x0.requires_grad:
+            raise UnsupportedError(
+                "the prior cannot be differentiated, which this method needs; choose a method "
+                "without a gradient ('recon methods')"
+            )
+
+        def pull_back(v: Tensor) -> Tensor:
+            with torch.inference_mode(False):
+                (jv,) = torch.autograd.grad(x0, x, v.clone(), retain_graph=True)
+            return jv
+
+        return x0.detach(), pull_back
+
     def covariance(self, x_t: Tensor, t: float | Tensor, v: Tensor) -> Tensor:
         """``Cov[x_0 | x_t] v`` by one vector-Jacobian product (the Jacobian is symmetric).
 
@@ -90,7 +120,4 @@ class Denoiser(nn.Module, ABC):
             v: vectors ``(b, *shape)``.
         """
         alpha, sigma = self.sde.marginal(t)
-        with torch.enable_grad():
-            x = x_t.detach().requires_grad_(True)
-            (jv,) = torch.autograd.grad(self.denoise(x, t), x, v)
-        return expand(sigma**2 / alpha, x_t) * jv
+        return expand(sigma**2 / alpha, x_t) * self.linearise(x_t, t)[1](v)

@@ -1,6 +1,18 @@
-"""Samplers of a prior: time grids, steps of the reverse SDE, and the one loop over them."""
+"""Samplers of a prior: time grids, steps of the reverse SDE, the loop over them; the flow ODE."""
 
+from inverse.sampling.ode import (
+    RK45,
+    Heun,
+    Likelihood,
+    bits_per_dim,
+    decode,
+    dequantise,
+    encode,
+    log_likelihood,
+    slerp,
+)
 from inverse.sampling.sample import Noise, sample, time_grid
+from inverse.sampling.samplers import SAMPLERS, Sampler, annealed_langevin, langevin_dynamics
 from inverse.sampling.steps import (
     Corrector,
     Step,
@@ -13,15 +25,28 @@ from inverse.sampling.steps import (
 )
 
 __all__ = [
+    "RK45",
+    "SAMPLERS",
     "Corrector",
+    "Heun",
+    "Likelihood",
     "Noise",
+    "Sampler",
     "Step",
     "ancestral",
+    "annealed_langevin",
+    "bits_per_dim",
     "ddim",
+    "decode",
+    "dequantise",
+    "encode",
     "euler_maruyama",
     "langevin",
+    "langevin_dynamics",
+    "log_likelihood",
     "renoise",
     "reverse_diffusion",
     "sample",
+    "slerp",
     "time_grid",
 ]

@@ -13,7 +13,10 @@ from inverse.priors.denoiser import Denoiser, expand
 from inverse.sampling.steps import Corrector, Step
 from inverse.sde import SDE
 
-__all__ = ["Noise", "sample", "time_grid"]
+__all__ = ["DIVERGED", "Noise", "sample", "time_grid"]
+
+DIVERGED = 1e4
+"""An iterate this many times larger than the noise and image that it started from diverges."""
 
 
 class Noise:
@@ -37,9 +40,10 @@ class Noise:
         self.shape, self.device = tuple(shape), torch.device(device)
         self._generators = [torch.Generator().manual_seed(_mix(seed)) for seed in seeds]
 
-    def __call__(self) -> Tensor:
-        """``(samples, *shape)`` standard normal."""
-        draws = [torch.randn(self.shape, generator=g) for g in self._generators]
+    def __call__(self, shape: Sequence[int] | None = None) -> Tensor:
+        """Standard normal draws ``(samples, *shape)``; by default of the shape of a sample."""
+        size = self.shape if shape is None else tuple(shape)
+        draws = [torch.randn(size, generator=g) for g in self._generators]
         return torch.stack(draws).to(self.device)
 
 
@@ -130,7 +134,7 @@ def sample(
         Samples ``(samples, *shape)`` in prior units.
 
     Raises:
-        NumericalError: if an iterate is not finite.
+        NumericalError: if an iterate is not finite or :data:`DIVERGED` times its start.
     """
     sde = denoiser.sde
     alpha, sigma = sde.marginal(times[0])
@@ -138,6 +142,7 @@ def sample(
     x = expand(sigma, z) * z
     if start is not None:
         x = x + expand(alpha, z) * start
+    bound = DIVERGED * float(sigma + (0.0 if start is None else alpha * start.abs().max().cpu()))
     for i, t in enumerate(times):
         last = i + 1 == len(times)
         if corrector is not None and not last:
@@ -148,10 +153,10 @@ def sample(
             x = project(x, t)
         x0 = denoiser.denoise(x, t)
         x = x0 if last else step(sde, x, x0, t, times[i + 1], noise())
-        if not bool(torch.isfinite(x).all()):
+        if not bool((x.abs() <= bound).all()):
             raise NumericalError(
-                f"sampling left the finite numbers at step {i + 1} of {len(times)}; lower the "
-                "corrector's snr or the data weight, or use more steps"
+                f"sampling diverged at step {i + 1} of {len(times)}; lower the corrector's snr or "
+                "the data weight, or use more steps"
             )
         if callback is not None:
             callback(i + 1, len(times))

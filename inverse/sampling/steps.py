@@ -10,7 +10,7 @@ It knows neither prior nor measurement.  Notation:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -127,26 +127,38 @@ def _check_eta(eta: float) -> None:
         raise ReconError(f"eta, the share of fresh noise, must lie in [0, 1], got {eta}")
 
 
-def langevin(snr: float) -> Corrector:
+def langevin(snr: float, norms: Literal["expected", "sample"] = "expected") -> Corrector:
     r"""Langevin corrector :math:`x \leftarrow x + \epsilon\,\mathrm{score} + \sqrt{2\epsilon}z`.
 
     .. math:: \epsilon = 2\alpha_t (r \|z\| / \|\mathrm{score}\|)^2
               \approx 2\alpha_t r^2\sigma_t^2,
               \qquad r = \mathrm{snr}
 
-    with both norms at their expectations for noise-dominated images, :math:`\sqrt d` and
-    :math:`\sqrt d/\sigma_t`.  The original takes batch means of the norms, which lets one patient
-    alter another; norms of one sample make the step depend on its state, and in few dimensions
-    blow up where the score vanishes.
+    The original takes batch means of both norms, which lets one patient alter another.  Here a
+    step never depends on batch mates:
+
+    * ``"expected"``: the norms' expectations for noise-dominated images, :math:`\sqrt d` and
+      :math:`\sqrt d/\sigma_t`.  The step does not depend on the state, so Langevin's stationary
+      law is kept up to its step-size error.
+    * ``"sample"``: the norms of each sample.  In many dimensions they lie near their
+      expectations; in few the step grows without bound where the score vanishes, and the weights
+      of modes come out wrong.
 
     Source: Song et al. (ICLR 2021), algorithms 4 and 5, appendix G.
     """
     if snr < 0:
         raise ReconError(f"the corrector's snr must not be negative, got {snr}")
+    if norms not in ("expected", "sample"):
+        raise ReconError(f"the corrector's norms are 'expected' or 'sample', got {norms!r}")
 
     def correct(sde: SDE, x_t: Tensor, x0: Tensor, t: Time, z: Tensor) -> Tensor:
         score = _score(sde, x_t, x0, t)
-        step = 2 * sde.alpha(t) * snr**2 * sde.sigma(t) ** 2
+        step = 2 * sde.alpha(t) * snr**2
+        if norms == "expected":
+            step = step * sde.sigma(t) ** 2
+        else:
+            squares = [v.flatten(1).to(torch.float64).square().sum(dim=1) for v in (z, score)]
+            step = step * (squares[0] / squares[1]).cpu()
         return x_t + expand(step, x_t) * score + expand(torch.sqrt(2 * step), x_t) * z
 
     return correct

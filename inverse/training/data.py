@@ -76,7 +76,8 @@ def load_images(
 
     Args:
         path: ``.npz`` with one 3-D array ``(slices, rows, columns)`` and beside it a ``.csv`` of
-            the same name with one row a slice and columns ``patient`` and ``pixel_mm``; or DICOM.
+            the same name with one row a slice and columns ``patient`` (or ``subject``) and
+            ``pixel_mm``; or DICOM.
         modality: ``"CT"`` (HU, clipped to [-1024, 3071]) or ``"MR"`` (divided by each patient's
             99.5th percentile).
         select: for npz, keep rows whose CSV column has one of the values.
@@ -140,16 +141,18 @@ def _read_npz(
         )
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    if len(rows) != len(stacks[0]) or not rows or not {"patient", "pixel_mm"} <= set(rows[0]):
+    names = set(rows[0]) if rows else set()
+    key = "patient" if "patient" in names else "subject"
+    if len(rows) != len(stacks[0]) or not {key, "pixel_mm"} <= names:
         raise InputError(
             f"'{table.name}' must have one row a slice ({len(stacks[0])}, found {len(rows)}) "
-            "with columns patient, pixel_mm"
+            "with columns patient (or subject), pixel_mm"
         )
     keep = [i for i, row in enumerate(rows) if all(row.get(k) in v for k, v in select.items())]
     return (
         [stacks[0][i].astype(np.float32) for i in keep],
         [float(rows[i]["pixel_mm"]) for i in keep],
-        [rows[i]["patient"] for i in keep],
+        [rows[i][key] for i in keep],
     )
 
 

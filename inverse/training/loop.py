@@ -1,9 +1,10 @@
 """Training of a network prior: one loop, exact resume, a JSON-lines log.
 
 The batch, the noise levels and the noise of step ``k`` come from a generator seeded by
-``(seed, k)``; the state file holds weights, their moving average and the optimiser's moments.  A
-killed run that is resumed therefore ends in the weights of an uninterrupted one, bit for bit on
-one machine with one thread count.
+``(seed, k)``; the state file holds weights, their moving average, the optimiser's moments and the
+state of the objective (persistent chains, a flow, a log-normaliser).  A killed run that is resumed
+therefore ends in the weights of an uninterrupted one, bit for bit on one machine with one thread
+count.
 """
 
 from __future__ import annotations
@@ -17,18 +18,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inverse.errors import InputError, NumericalError
+from inverse.errors import InputError, NumericalError, ReconError, UnsupportedError
 from inverse.priors.checkpoint import PriorCard, save_prior
+from inverse.priors.denoiser import expand
+from inverse.priors.energy import edm_energy, energy_score
 from inverse.priors.network import NetworkConfig, UNet, edm_denoise, position_channels
 from inverse.training.data import Augmentation, Batch, ImageSet, draw_batch
-from inverse.training.objectives import denoising_score_matching, lognormal_levels
+from inverse.training.objectives import OBJECTIVES, Model, Objective, Perturbed, Setting
 
 __all__ = ["TrainConfig", "train"]
 
@@ -41,6 +45,9 @@ class TrainConfig:
 
     Attributes:
         steps: optimiser steps of the whole run.
+        objective: a name of :data:`inverse.training.objectives.OBJECTIVES`.
+        network: what the network puts out: ``"score"`` (a denoiser), or ``"energy"``, whose
+            gradient is the score.
         batch: crops a step; whole images are batched to the same number of pixels.
         crop: side of crops.
         whole: share of steps on whole images.
@@ -52,7 +59,11 @@ class TrainConfig:
         ema: half-life of the weights' moving average, as a share of the steps done so far.
         p_mean: mean of ln sigma.
         p_std: standard deviation of ln sigma.
-        sigma_range: noise levels are clipped to it (prior units).
+        sigma_range: noise levels are clipped to it (prior units); equal ends for one level.
+        levels: length of the ladder of ``ncsn``.
+        langevin_steps: steps of Langevin a negative of ``cd`` and ``pcd``.
+        langevin_step: their size relative to sigma^2.
+        chains: persistent chains of ``pcd``, at least the images of a batch.
         clip: largest gradient norm.
         seed: seed of everything.
         bfloat16: network arithmetic in bfloat16.
@@ -61,6 +72,8 @@ class TrainConfig:
     """
 
     steps: int = 10_000
+    objective: str = "dsm"
+    network: Literal["score", "energy"] = "score"
     batch: int = 16
     crop: int = 128
     whole: float = 0.25
@@ -72,6 +85,10 @@ class TrainConfig:
     p_mean: float = -1.4
     p_std: float = 1.6
     sigma_range: tuple[float, float] = (0.005, 80.0)
+    levels: int = 10
+    langevin_steps: int = 5
+    langevin_step: float = 0.1
+    chains: int = 256
     clip: float = 1.0
     seed: int = 0
     bfloat16: bool = False
@@ -96,7 +113,7 @@ def train(
     minutes: float | None = None,
     callback: Callable[[int, int, Mapping[str, Any]], None] | None = None,
 ) -> PriorCard:
-    """Train a prior by denoising score matching and write it.
+    """Train a prior by the chosen objective and write it.
 
     Args:
         sets: training images, in the physical units of the card.
@@ -116,9 +133,12 @@ def train(
         The card with hash, losses and settings filled in.
 
     Raises:
-        InputError: no images, or a state of other settings in ``run``.
-        NumericalError: if the loss is not finite.
+        InputError: no images, images with NaN, or a state of other settings in ``run``.
+        ReconError: an unknown objective, or noise levels that are not positive.
+        UnsupportedError: an objective that does not serve these images or this network.
+        NumericalError: if the loss is not finite or negatives diverge.
     """
+    sets = [s for s in sets if len(s)]
     if not sets or not len(validation):
         raise InputError("training needs at least one image set and held-out images, got none")
     shared = {p for s in sets for p in s.patients} & set(validation.patients)
@@ -126,19 +146,25 @@ def train(
         raise InputError(
             f"{len(shared)} patients are in both training and validation images; split by patient"
         )
+    if not all(np.isfinite(i).all() for s in (*sets, validation) for i in s.images):
+        raise InputError("training images hold NaN or infinite values; remove those slices")
     run, device = Path(run), torch.device(device)
     run.mkdir(parents=True, exist_ok=True)
     moves = augmentation or Augmentation(size=card.shape[0], pixel_mm=card.pixel_mm_range)
+    _check_objective(config, moves)
     held = _validation_batch(validation, moves, config.seed)
-    network = dataclasses.replace(network, sigma_data=_measure_std(sets, moves, card, config))
+    start = draw_batch(sets, moves, 64, None, torch.Generator().manual_seed(config.seed))
+    network = dataclasses.replace(network, sigma_data=_std(start, card))
     torch.manual_seed(config.seed)
     net = UNet(network).to(device).channels_last()
     ema = {name: value.detach().clone() for name, value in net.state_dict().items()}
-    optimiser = torch.optim.AdamW(
-        net.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4
-    )
+    objective = _objective(sets, moves, card, config, network).to(device)
+    groups: list[dict[str, Any]] = [{"params": list(net.parameters())}]
+    if own := list(objective.parameters()):
+        groups.append({"params": own, "weight_decay": 0.0})
+    optimiser = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4)
     state = run / "state.safetensors"
-    done, seconds = _restore(state, net, ema, optimiser, network, config)
+    done, seconds = _restore(state, net, ema, objective, optimiser, network, config)
     log = run / "log.jsonl"
     started = time.monotonic()
     record: dict[str, Any] = {}
@@ -151,10 +177,12 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = rate
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        loss = _loss(net, sets, moves, card, config, step, generator, device)
+        loss = _loss(net, objective, sets, moves, card, config, step, generator, device)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
+        if own:
+            torch.nn.utils.clip_grad_norm_(own, config.clip)
         value = float(loss.detach())
         if not math.isfinite(value) or not math.isfinite(float(norm)):
             raise NumericalError(
@@ -179,9 +207,10 @@ def train(
         if callback is not None:
             callback(step, config.steps, record)
         if step % config.save_every == 0 or step == config.steps:
-            _save(state, net, ema, optimiser, network, config, step, record["seconds"])
+            seconds_now = record["seconds"]
+            _save(state, net, ema, objective, optimiser, network, config, step, seconds_now)
     total = seconds + time.monotonic() - started
-    _save(state, net, ema, optimiser, network, config, step, total)
+    _save(state, net, ema, objective, optimiser, network, config, step, total)
     losses = losses or _validate(network, ema, held, card, device, config)
     final = UNet(network)
     final.load_state_dict(ema)
@@ -190,6 +219,7 @@ def train(
         card,
         value_range=(float(min(i.min() for i in images)), float(max(i.max() for i in images))),
         sigma_range=config.sigma_range,
+        network=config.network,
         training={
             **card.training,
             "steps": step,
@@ -204,12 +234,64 @@ def train(
     return save_prior(out, final, card)
 
 
-def _measure_std(
-    sets: Sequence[ImageSet], moves: Augmentation, card: PriorCard, config: TrainConfig
-) -> float:
-    """Standard deviation of training images in prior units (sigma_data of EDM)."""
+def _check_objective(config: TrainConfig, moves: Augmentation) -> None:
+    """Refuse an objective that cannot train this network on these images."""
+    low, high = config.sigma_range
+    if not 0 < low <= high < math.inf:
+        raise ReconError(
+            f"sigma_range must be positive and increasing (equal for one level), got "
+            f"{config.sigma_range}"
+        )
+    if config.objective not in OBJECTIVES:
+        raise ReconError(f"no objective '{config.objective}'; there are {', '.join(OBJECTIVES)}")
+    entry = OBJECTIVES[config.objective]
+    if entry.network == "energy" and config.network != "energy":
+        raise UnsupportedError(
+            f"objective '{config.objective}' needs the energy itself, which a score network does "
+            "not have; train an energy network (--network energy)"
+        )
+    whole = config.crop >= moves.size
+    if entry.whole and not whole:
+        raise UnsupportedError(
+            f"objective '{config.objective}' needs whole images of one size, got crops of "
+            f"{config.crop} from {moves.size}; set crop to at least {moves.size} or use 'cd'"
+        )
+    some_whole = whole or config.whole > 0 or config.whole_from < 1
+    side = moves.size if some_whole else config.crop
+    if entry.limit is not None and side**2 > entry.limit:
+        raise UnsupportedError(
+            f"objective '{config.objective}' takes images of at most {entry.limit} pixels, got "
+            f"{side} x {side}; train on smaller images, or use 'ssm-vr' or 'dsm'"
+        )
+
+
+def _objective(
+    sets: Sequence[ImageSet],
+    moves: Augmentation,
+    card: PriorCard,
+    config: TrainConfig,
+    network: NetworkConfig,
+) -> Objective:
+    """The objective of a run; a stateful one starts from training images."""
+    entry = OBJECTIVES[config.objective]
     generator = torch.Generator().manual_seed(config.seed)
-    batch = draw_batch(sets, moves, 64, None, generator)
+    start = draw_batch(sets, moves, 512 if entry.whole else 1, None, generator)
+    setting = Setting(
+        sigma_range=config.sigma_range,
+        p_mean=config.p_mean,
+        p_std=config.p_std,
+        levels=config.levels,
+        langevin_steps=config.langevin_steps,
+        langevin_step=config.langevin_step,
+        chains=config.chains,
+        sigma_data=network.sigma_data,
+    )
+    images = (start.images - card.offset) / card.scale
+    return entry.make(setting, images, start.pixel_mm, generator)
+
+
+def _std(batch: Batch, card: PriorCard) -> float:
+    """Standard deviation of training images in prior units (sigma_data of EDM)."""
     return round(float(((batch.images - card.offset) / card.scale).std()), 4)
 
 
@@ -221,6 +303,7 @@ def _learning_rate(step: int, config: TrainConfig) -> float:
 
 def _loss(
     net: UNet,
+    objective: Objective,
     sets: Sequence[ImageSet],
     moves: Augmentation,
     card: PriorCard,
@@ -229,7 +312,7 @@ def _loss(
     generator: torch.Generator,
     device: torch.device,
 ) -> Tensor:
-    """Denoising score matching on the batch of ``step``."""
+    """Mean loss of the batch of ``step``."""
     whole = (
         step >= config.whole_from * config.steps
         or float(torch.rand((), generator=generator)) < config.whole
@@ -238,15 +321,29 @@ def _loss(
     count = max(1, config.batch * config.crop**2 // moves.size**2) if whole else config.batch
     batch = draw_batch(sets, moves, count, None if whole else config.crop, generator)
     x0 = ((batch.images - card.offset) / card.scale).to(device)
-    sigma = lognormal_levels(count, config.p_mean, config.p_std, config.sigma_range, generator)
+    sigma = objective.levels(count, generator)
     z = torch.randn(x0.shape, generator=generator).to(device)
-    pixel, position = batch.pixel_mm.to(device), batch.position.to(device)
+    images = Perturbed(x0, sigma.to(device), z, batch.pixel_mm.to(device))
+    model = _model(net, batch.position.to(device), config)
+    return objective.losses(model, images, generator).mean()
+
+
+def _model(net: UNet, position: Tensor, config: TrainConfig) -> Model:
+    """The network as denoiser, and as energy if it is one, at pixels of these positions."""
     dtype = torch.bfloat16 if config.bfloat16 else torch.float32
 
-    def denoise(x: Tensor, s: Tensor) -> Tensor:
-        return edm_denoise(net, x[:, None], s, pixel, position, dtype)[:, 0]
+    def energy(x: Tensor, sigma: Tensor, pixel_mm: Tensor) -> Tensor:
+        return edm_energy(net, x[:, None], sigma, pixel_mm, position, dtype)
 
-    return denoising_score_matching(denoise, x0, sigma.to(device), z, net.config.sigma_data).mean()
+    def direct(x: Tensor, sigma: Tensor, pixel_mm: Tensor) -> Tensor:
+        return edm_denoise(net, x[:, None], sigma, pixel_mm, position, dtype)[:, 0]
+
+    def by_gradient(x: Tensor, sigma: Tensor, pixel_mm: Tensor) -> Tensor:
+        score = energy_score(lambda u: energy(u, sigma, pixel_mm), x)
+        return x + expand(sigma**2, x) * score
+
+    denoise = by_gradient if config.network == "energy" else direct
+    return Model(denoise, energy, net.config.sigma_data)
 
 
 def _update_ema(ema: dict[str, Tensor], net: UNet, step: int, config: TrainConfig) -> None:
@@ -278,16 +375,18 @@ def _validate(
     net.load_state_dict(dict(ema))
     x0 = ((held.images - card.offset) / card.scale).to(device)
     position = position_channels((x0.shape[-2], x0.shape[-1]), device)
-    dtype = torch.bfloat16 if config.bfloat16 else torch.float32
+    model = _model(net, position, config)
+    low, high = config.sigma_range
+    trained = [v for v in VALIDATION_LEVELS if low <= v <= high] or [math.sqrt(low * high)]
     result = {}
-    for level in VALIDATION_LEVELS:
+    for level in trained:
         z = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1)).to(device)
         errors = []
         for i in range(0, len(x0), 4):
             s = torch.full((len(x0[i : i + 4]),), level, device=device)
-            noisy = (x0[i : i + 4] + level * z[i : i + 4])[:, None]
-            d = edm_denoise(net, noisy, s, held.pixel_mm[i : i + 4].to(device), position, dtype)
-            errors.append((d[:, 0] - x0[i : i + 4]).square().mean())
+            noisy = x0[i : i + 4] + level * z[i : i + 4]
+            d = model.denoise(noisy, s, held.pixel_mm[i : i + 4].to(device))
+            errors.append((d - x0[i : i + 4]).square().mean())
         result[f"{level:g}"] = round(float(torch.stack(errors).mean().sqrt()), 5)
     return result
 
@@ -296,6 +395,7 @@ def _save(
     path: Path,
     net: UNet,
     ema: Mapping[str, Tensor],
+    objective: Objective,
     optimiser: torch.optim.Optimizer,
     network: NetworkConfig,
     config: TrainConfig,
@@ -305,6 +405,7 @@ def _save(
     """State file by temporary and rename: a kill loses at most the steps since the last one."""
     tensors = {f"net.{k}": v for k, v in net.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in ema.items()}
+    tensors |= {f"objective.{k}": v for k, v in objective.state_dict().items()}
     for index, entry in optimiser.state_dict()["state"].items():
         tensors |= {f"adam.{index}.{k}": torch.as_tensor(v) for k, v in entry.items()}
     metadata = {
@@ -312,6 +413,8 @@ def _save(
         "seconds": repr(seconds),
         "network": json.dumps(asdict(network)),
         "seed": str(config.seed),
+        "objective": config.objective,
+        "kind": config.network,
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
@@ -322,6 +425,7 @@ def _restore(
     path: Path,
     net: UNet,
     ema: dict[str, Tensor],
+    objective: Objective,
     optimiser: torch.optim.Optimizer,
     network: NetworkConfig,
     config: TrainConfig,
@@ -332,14 +436,27 @@ def _restore(
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if json.loads(metadata["network"]) != json.loads(json.dumps(asdict(network))) or metadata[
-        "seed"
-    ] != str(config.seed):
+    found = (
+        json.loads(metadata["network"]),
+        metadata["seed"],
+        metadata.get("objective", "dsm"),
+        metadata.get("kind", "score"),
+    )
+    wanted = (
+        json.loads(json.dumps(asdict(network))),
+        str(config.seed),
+        config.objective,
+        config.network,
+    )
+    if found != wanted:
         raise InputError(
-            f"the state in '{path.parent.name}' is of another network, data scale or seed; "
-            "give the settings it was started with, or another run folder"
+            f"the state in '{path.parent.name}' is of another network, objective, data scale or "
+            "seed; give the settings it was started with, or another run folder"
         )
     net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
+    objective.load_state_dict(
+        {k.removeprefix("objective."): v for k, v in tensors.items() if k.startswith("objective.")}
+    )
     for name, value in tensors.items():
         if name.startswith("ema."):
             ema[name[4:]].copy_(value)
