@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from inverse.errors import CheckpointError, ReconError, UnsupportedError
 from inverse.measurement import Measurement
+from inverse.operators.coils import estimated_phase
 from inverse.operators.linop import (
     ComplexFromChannels,
     ComplexFromReal,
@@ -27,7 +28,7 @@ from inverse.priors.checkpoint import NetworkPrior
 from inverse.priors.denoiser import Denoiser
 from inverse.sampling import Noise
 
-__all__ = ["Reconstruction", "reconstruct"]
+__all__ = ["Batch", "Reconstruction", "reconstruct"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Reconstruction:
         nfe: network calls a sample.
         operator_calls: applications of the operator or its adjoint, a sample.
         seed: the seed.
-        seconds: wall-clock time.
+        seconds: wall-clock time of the batches.
         settings: resolved method, options, prior, scale; plain JSON values.
     """
 
@@ -60,20 +61,36 @@ class Reconstruction:
     settings: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Finished samples of one batch, ``(batch, h, w)`` in physical units, and what they cost.
+
+    ``images`` is how many the network was given, ``operator_calls`` is of the batch.
+    """
+
+    samples: Tensor
+    images: int
+    operator_calls: int
+    seconds: float
+
+
 def reconstruct(
     measurement: Measurement,
     prior: Denoiser,
     *,
-    method: str = "dds",
+    method: str = "pnp_admm",
     steps: int | None = None,
     samples: int = 1,
     seed: int = 0,
     batch: int | None = None,
     device: str | torch.device | None = None,
     callback: Callable[[int, int], None] | None = None,
+    phase: Literal["estimated", "zero"] = "estimated",
     options: Mapping[str, Any] | None = None,
+    positions: Sequence[int] | None = None,
+    saved: MutableMapping[int, Batch] | None = None,
 ) -> Reconstruction:
-    """Sample images that agree with the measurement and the prior.
+    r"""Sample images that agree with the measurement and the prior.
 
     Args:
         measurement: operator, data and noise, physical units.
@@ -81,12 +98,19 @@ def reconstruct(
         method: a name of :data:`inverse.posterior.METHODS`.
         steps: sampler steps; default the method's.
         samples: samples a slice; 8 or more for a standard deviation worth showing.
-        seed: each sample is seeded by (seed, slice, sample): the result does not depend on
-            ``batch``.
+        seed: each sample is seeded by (seed, position of the slice, sample): the result depends
+            neither on ``batch`` nor on which other slices are there.
         batch: images a network call; default 8.
         device: default the measurement's.
         callback: progress, called as ``callback(done, total)`` in network steps.
+        phase: how a prior of real images serves complex ones: as :math:`x = m\,e^{i\varphi}` with
+            real m, the phase estimated from the data at low resolution (see
+            :func:`inverse.operators.coils.estimated_phase`) or known to be zero.  A prior of
+            complex images needs neither.
         options: further options of the method.
+        positions: index of each slice in its series; default its index in the measurement.
+        saved: finished batches by number.  Those that it holds are not computed again, and new
+            ones are put into it, so that a run with equal arguments continues to the same bits.
 
     Raises:
         CheckpointError: a prior of another modality.
@@ -98,22 +122,32 @@ def reconstruct(
         raise ReconError(f"no method '{method}'; there are {', '.join(METHODS)}")
     if samples < 1 or (batch is not None and batch < 1):
         raise ReconError(f"samples and batch must be at least 1, got {samples} and {batch}")
+    if phase not in ("estimated", "zero"):
+        raise ReconError(f"phase must be 'estimated' or 'zero', got {phase!r}")
+    places = range(len(measurement)) if positions is None else positions
+    if len(places) != len(measurement):
+        raise ReconError(f"positions must number the {len(measurement)} slices, got {len(places)}")
     chosen = METHODS[method]
     given = dict(options or {})
     if steps is not None:
         given["steps"] = steps
-    resolved = chosen.resolve(given)
-    started = time.monotonic()
+    resolved = chosen.resolve(given, measurement.modality)
     device = measurement.data.device if device is None else torch.device(device)
     target = measurement.to(device)
     if device != measurement.data.device:
         prior = copy.deepcopy(prior).to(device)  # the caller's prior stays where it is
-    prior, embedding, notes = _adapt(prior, target)
+    prior, embedding, notes = _adapt(prior, target, phase)
+    if samples > 1 and chosen.spread != "posterior":
+        notes.append(
+            f"the standard deviation of {method}'s samples is "
+            + ("no uncertainty" if chosen.spread == "none" else "smaller than the posterior's")
+            + ": for one to believe choose mmps or pnpdm"
+        )
     offset, scale = _affine(prior, target)
     operator = target.operator
     counter = _CountedOperator(operator if embedding is None else operator @ embedding)
     inner = replace(target, operator=counter).rescaled(offset, scale)
-    counter.calls = 0
+    counter.tally[0] = 0
     counted = _CountedDenoiser(prior)
 
     n = len(measurement)
@@ -121,36 +155,46 @@ def reconstruct(
     pairs = [(z, k) for z in range(n) for k in range(samples)]
     shape = counter.in_shape
     total = len(pairs) * int(resolved["steps"])
-    results: list[Tensor] = []
+    finished: MutableMapping[int, Batch] = {} if saved is None else saved
+    results: list[Batch] = []
     with torch.inference_mode():
-        for first in range(0, len(pairs), batch):
+        for number, first in enumerate(range(0, len(pairs), batch)):
             chunk = pairs[first : first + batch]
-            index = torch.tensor([z for z, _ in chunk], device=device)
-            noise = Noise([(seed, z, k) for z, k in chunk], shape, device)
 
             def progress(i: int, _: int, first: int = first, size: int = len(chunk)) -> None:
                 if callback is not None:
                     callback(first * int(resolved["steps"]) + i * size, total)
 
-            problem = Problem(counted, inner.take(index), noise, progress)
-            x = offset + scale * chosen.run(problem, **resolved)
-            results.append((x if embedding is None else embedding(x)).cpu())
-        draws = torch.cat(results).unflatten(0, (n, samples))
+            if number in finished:
+                progress(int(resolved["steps"]), 0)
+            else:
+                begun, images, tally = time.monotonic(), counted.images, counter.tally[0]
+                index = torch.tensor([z for z, _ in chunk], device=device)
+                noise = Noise([(seed, places[z], k) for z, k in chunk], shape, device)
+                problem = Problem(counted, inner.take(index), noise, progress, offset, scale)
+                x = offset + scale * chosen.run(problem, **resolved)
+                finished[number] = Batch(
+                    (x if embedding is None else embedding.take(index)(x)).cpu(),
+                    counted.images - images,
+                    counter.tally[0] - tally,
+                    time.monotonic() - begun,
+                )
+            results.append(finished[number])
+        draws = torch.cat([part.samples for part in results]).unflatten(0, (n, samples))
         mean = draws.mean(dim=1)
         spread = draws - mean[:, None]
         std = spread.abs().square().sum(dim=1).div(max(samples - 1, 1)).sqrt()
         chi2 = target.chi2(mean.to(device)).cpu()
-    batches = -(-len(pairs) // batch)
     return Reconstruction(
         mean=mean,
         std=std,
         samples=draws,
         residual_chi2=chi2,
         status=_status(chi2, notes),
-        nfe=counted.calls // batches,
-        operator_calls=counter.calls // batches,
+        nfe=sum(part.images for part in results) // len(pairs),
+        operator_calls=sum(part.operator_calls for part in results) // len(results),
         seed=seed,
-        seconds=time.monotonic() - started,
+        seconds=sum(part.seconds for part in results),
         settings={
             "method": method,
             **resolved,
@@ -161,13 +205,14 @@ def reconstruct(
             "prior_sha256": prior.card.sha256 if isinstance(prior, NetworkPrior) else None,
             "offset": offset,
             "scale": scale,
+            "phase": phase if _needs_phase(prior, operator) else None,
             "notes": list(notes),
         },
     )
 
 
 def _adapt(
-    prior: Denoiser, measurement: Measurement
+    prior: Denoiser, measurement: Measurement, phase: str
 ) -> tuple[Denoiser, LinearOperator | None, list[str]]:
     """Fit prior and measurement to each other: modality, pixel size and channels.
 
@@ -208,11 +253,19 @@ def _adapt(
     if operator.dtype.is_complex:
         split = ComplexFromChannels(sides) if channels == 2 else ComplexFromReal(sides)
         embedding = split if embedding is None else embedding @ split
+        if _needs_phase(prior, operator) and phase == "estimated":
+            embedding = estimated_phase(operator, measurement.data) @ embedding
     elif channels == 2:
         raise UnsupportedError(
             "a prior of complex images cannot serve a real operator; choose a prior of one channel"
         )
     return prior, embedding, notes
+
+
+def _needs_phase(prior: Denoiser, operator: LinearOperator) -> bool:
+    """Whether a prior of real images is to serve complex ones."""
+    real = not isinstance(prior, NetworkPrior) or prior.net.config.channels == 1
+    return operator.dtype.is_complex and real
 
 
 def _affine(prior: Denoiser, measurement: Measurement) -> tuple[float, float]:
@@ -242,15 +295,15 @@ def _status(chi2: Tensor, notes: list[str]) -> str:
 
 
 class _CountedDenoiser(Denoiser):
-    """The same denoiser, counting calls."""
+    """The same denoiser, counting the images it is given."""
 
     def __init__(self, inner: Denoiser) -> None:
         super().__init__(inner.sde)
         self.inner = inner
-        self.calls = 0
+        self.images = 0
 
     def denoise(self, x_t: Tensor, t: float | Tensor) -> Tensor:
-        self.calls += 1
+        self.images += len(x_t)
         return self.inner.denoise(x_t, t)
 
     def error(self, noise_level: float | Tensor) -> Tensor:
@@ -260,17 +313,21 @@ class _CountedDenoiser(Denoiser):
 class _CountedOperator(LinearOperator):
     """The same operator, counting applications."""
 
-    def __init__(self, op: LinearOperator) -> None:
+    def __init__(self, op: LinearOperator, tally: list[int] | None = None) -> None:
         super().__init__(op.in_shape, op.out_shape, op.dtype, op.out_dtype)
         self.op = op
-        self.calls = 0
+        self.tally = [0] if tally is None else tally
+
+    def take(self, index: Tensor) -> LinearOperator:
+        """Of the operator's slices; counts go to the same tally."""
+        return _CountedOperator(self.op.take(index), self.tally)
 
     def _forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
+        self.tally[0] += 1
         return self.op._forward(x)
 
     def _adjoint(self, y: Tensor) -> Tensor:
-        self.calls += 1
+        self.tally[0] += 1
         return self.op._adjoint(y)
 
     def normal_solve(
@@ -283,5 +340,5 @@ class _CountedOperator(LinearOperator):
         max_iter: int = 50,
     ) -> Solve:
         result = self.op.normal_solve(b, rho, x0, tol=tol, max_iter=max_iter)
-        self.calls += 2 * (result.iterations + (x0 is not None))
+        self.tally[0] += 2 * (result.iterations + (x0 is not None))
         return result

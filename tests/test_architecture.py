@@ -23,7 +23,15 @@ ALLOWED = {
     "measurement": {"errors", "operators"},
     "classical": {"errors", "operators", "measurement"},
     "io": {"errors", "operators", "measurement"},
-    "posterior": {"errors", "sde", "priors", "sampling", "operators", "measurement"},
+    "posterior": {
+        "errors",
+        "sde",
+        "priors",
+        "sampling",
+        "operators",
+        "measurement",
+        "classical",
+    },
     "reconstruct": {
         "errors",
         "sde",
@@ -37,7 +45,7 @@ ALLOWED = {
 # third-party package -> the only files that may import it
 CONFINED = {
     "astra": ("inverse/operators/ct.py",),
-    "pydicom": ("inverse/io/dicom",),
+    "pydicom": ("inverse/io/dicom", "inverse/io/ctpd.py"),
     "typer": ("recon_cli/",),
     "rich": ("recon_cli/",),
     "jinja2": ("recon_cli/",),

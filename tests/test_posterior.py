@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 from inverse.errors import ReconError
 from inverse.measurement import Measurement
 from inverse.operators.mri import CartesianMRI, centred_fft, centred_ifft
-from inverse.posterior import METHODS, Problem, Proximal, song_projection
+from inverse.posterior import METHODS, Proximal, song_projection
 from inverse.sde import VE, VP
-from phantoms.benchmarks.calibration import field, measure, two_dimensional
+from phantoms.benchmarks.calibration import field, measure_field, run, two_dimensional
 
 
 def test_song_projection_is_the_papers_closed_form_where_t_is_orthonormal() -> None:
@@ -34,16 +32,16 @@ def test_song_projection_is_the_papers_closed_form_where_t_is_orthonormal() -> N
 
 
 def test_hard_song_projection_replaces_measured_and_keeps_the_rest() -> None:
-    fixture = two_dimensional()
+    toy = two_dimensional()
     x = torch.tensor([[[3.0, -2.0]]])
-    project = song_projection(fixture.measurement, fixture.prior.sde, lambda: 0 * x, lam=1.0)
+    project = song_projection(toy.measurement(), toy.prior.sde, lambda: 0 * x, lam=1.0)
     torch.testing.assert_close(project(x, torch.tensor(0.5)), torch.tensor([[[1.0, -2.0]]]))
     with pytest.raises(ReconError, match="lambda must lie in"):
-        song_projection(fixture.measurement, VE(), lambda: x, lam=0.0)
+        song_projection(toy.measurement(), VE(), lambda: x, lam=0.0)
 
 
 def test_proximal_solves_its_equation() -> None:
-    fixture = field(side=8, views=4)
+    fixture = field(side=8)
     white = fixture.measurement.whitened()
     a = white.operator(torch.eye(64).reshape(64, 8, 8)).flatten(1).T.double()
     prior, t = fixture.prior, fixture.prior.sde.time(0.8)
@@ -58,36 +56,13 @@ def test_proximal_solves_its_equation() -> None:
     torch.testing.assert_close(got.flatten().double(), exact, rtol=1e-3, atol=1e-3)
 
 
-# Recorded bias of each method on the two fixtures: a change beyond 10 % (or the Monte-Carlo
-# error) is a change of the method and has to be looked at.
-RECORDED = {
-    ("two-dimensional", "dds"): (0.233, 0.517),
-    ("two-dimensional", "dds, weight 1"): (0.218, 0.914),
-    ("two-dimensional", "song"): (0.280, 0.535),
-}
-
-
-@pytest.mark.parametrize(("problem", "method"), RECORDED)
-def test_bias_of_biased_methods_is_the_recorded_one(problem: str, method: str) -> None:
-    bias = measure(two_dimensional(), method, 400 if method == "song" else 1000)
-    mean_error, sd_ratio = RECORDED[problem, method]
-    assert bias.mean_error == pytest.approx(mean_error, rel=0.1, abs=0.03)
-    assert bias.sd_ratio == pytest.approx(sd_ratio, rel=0.1)
-    if method == "song":  # fits the noise of the data exactly: no residual, no spread
-        assert bias.chi2 < 1e-3
-        assert bias.kl == math.inf
-
-
 def test_song_approaches_the_truth_of_noise_free_data_with_its_corrector() -> None:
     """x_1 = 1 known exactly: x_2 | x_1 ~ N(.8, .36); without corrections it is far off."""
-    fixture, n = two_dimensional(), 4000
-    seen = fixture.measurement.take(torch.zeros(n, dtype=torch.long))
+    toy = two_dimensional()
 
     def second(snr: float) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        problem = Problem(fixture.prior, seen, lambda: torch.randn(n, 1, 2, generator=generator))
-        with torch.inference_mode():
-            return METHODS["song"].run(problem, steps=300, lam=1.0, snr=snr)[:, 0, 1]
+        options = {"steps": 300, "lam": 1.0, "snr": snr}
+        return run(toy.prior, toy.measurement(), 2000, "song", options)[:, 1]
 
     none, some, much = second(0.0), second(0.16), second(0.4)
     assert float(none.mean()) < float(some.mean()) < float(much.mean())
@@ -97,10 +72,10 @@ def test_song_approaches_the_truth_of_noise_free_data_with_its_corrector() -> No
 
 def test_dds_fits_the_data_to_their_noise_on_gaussian_fields() -> None:
     """Over four truths and noises: chi-square near 1, a mean within the posterior's spread."""
-    runs = [measure(field(seed=seed), "dds, weight 1", 16) for seed in range(4)]
-    assert sum(r.chi2 for r in runs) / 4 == pytest.approx(1.0, abs=0.2)
-    assert sum(r.mean_error for r in runs) / 4 < 0.6
-    assert all(0.8 < r.sd_ratio < 1.0 for r in runs)
+    row = measure_field(field(slices=4), "dds, weight 1")
+    assert row.chi2 == pytest.approx(1.0, abs=0.2)
+    assert row.mean_error < 0.6
+    assert 0.8 < row.sd_ratio < 1.0
 
 
 def test_every_method_states_its_cost_and_class() -> None:

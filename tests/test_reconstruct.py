@@ -62,7 +62,7 @@ def test_shapes_moments_and_counts() -> None:
     assert result.residual_chi2.shape == (3,)
     assert result.nfe == 5
     assert result.operator_calls > 10
-    assert result.settings["method"] == "dds"
+    assert result.settings["method"] == "pnp_admm"
     assert result.settings["steps"] == 5
 
 
@@ -142,10 +142,39 @@ def test_complex_data_with_real_and_complex_priors() -> None:
         seen,
         network(1, modality="MR", unit="relative", offset=0.0, scale=1.0),
         steps=3,
+        phase="zero",
         options={"cg_iterations": 20},
     )
     torch.testing.assert_close(real.mean.real, image.real, rtol=1e-2, atol=1e-2)
     assert not bool(real.mean.imag.any())
+    assert real.settings["phase"] == "zero"
+    assert result.settings["phase"] is None
+
+
+def test_real_prior_serves_complex_images_by_their_phase() -> None:
+    # two slices of different phase: x = m e^{i phi} with real m, whatever the batch
+    n = 32
+    row = (torch.arange(n) - n / 2)[:, None] / n
+    magnitude = torch.exp(-8 * (row**2 + row.T**2)) * (1 + 0.2 * torch.randn(2, n, n))
+    turn = torch.stack([1.0 + 0.8 * torch.cos(3 * row).expand(n, n), -0.7 + 0.5 * row.T * row])
+    image = torch.polar(magnitude, turn)
+    mask = torch.ones(n, n, dtype=torch.bool)
+    seen = Measurement(
+        CartesianMRI(mask), centred_fft(image), torch.tensor(1e-4), "MR", (1.5, 1.5)
+    )
+    prior = network(1, modality="MR", unit="relative", offset=0.0, scale=1.0)
+    kwargs = {"steps": 3, "options": {"cg_iterations": 20}}
+    whole = reconstruct(seen, prior, **kwargs)
+    error = float((whole.mean - image).norm() / image.norm())
+    assert error < 0.1
+    assert whole.settings["phase"] == "estimated"
+    flat = reconstruct(seen, prior, phase="zero", **kwargs)
+    assert float((flat.mean - image).norm() / image.norm()) > 0.5
+    alone = reconstruct(seen, prior, batch=1, **kwargs)
+    torch.testing.assert_close(alone.mean, whole.mean, rtol=1e-3, atol=1e-3)
+    assert alone.operator_calls == whole.operator_calls
+    with pytest.raises(ReconError, match="phase"):
+        reconstruct(seen, prior, phase="guessed")
 
 
 def test_unfitted_data_are_flagged() -> None:
@@ -157,7 +186,7 @@ def test_unfitted_data_are_flagged() -> None:
 def test_refusals() -> None:
     with pytest.raises(CheckpointError, match="is for MR, the measurement is CT"):
         reconstruct(ct(), network(modality="MR"))
-    with pytest.raises(ReconError, match="no method 'magic'; there are dds"):
+    with pytest.raises(ReconError, match="no method 'magic'; there are pnp_admm"):
         reconstruct(ct(), network(), method="magic")
     with pytest.raises(ReconError, match="no option speed"):
         reconstruct(ct(), network(), options={"speed": 11})

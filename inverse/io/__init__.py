@@ -1,1 +1,1 @@
-"""Doors to files: DICOM series, measurement files."""
+"""Doors to files: image series (DICOM, NIfTI), raw data of scanners, measurement files."""

@@ -7,7 +7,9 @@ what to do, never a silently wrong volume.  Writing makes a classic derived CT o
 every viewer reads, marked as research and, where it is, as synthetic.
 """
 
-from inverse.io.dicom_read import Inspection, Note, Series, Stack, inspect, read_series
+from inverse.io.dicom_headers import Note
+from inverse.io.dicom_read import Series, inspect, read_series
+from inverse.io.dicom_stacks import Inspection, Stack
 from inverse.io.dicom_write import (
     TOOLKIT,
     Derivation,

@@ -24,7 +24,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -35,8 +35,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inverse.errors import GeometryError, InputError, NumericalError, OutputError
+from inverse.io.dicom_enhanced import ENHANCED
 from inverse.io.dicom_files import quiet_pydicom
-from inverse.io.dicom_read import TEMPLATE_TAGS, words
+from inverse.io.dicom_headers import TEMPLATE_TAGS, words
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -46,11 +47,17 @@ __all__ = [
     "Derivation",
     "WrittenSeries",
     "deterministic_uid",
+    "toolkit_version",
+    "write_folder",
     "write_instances",
     "write_series",
 ]
 
 _SOP_CLASS = {"CT": "1.2.840.10008.5.1.4.1.1.2", "MR": "1.2.840.10008.5.1.4.1.1.4"}
+_SOURCE_CLASSES = {
+    m: {classic, *(uid for uid, kind in ENHANCED.items() if kind == m)}
+    for m, classic in _SOP_CLASS.items()
+}
 
 # Readers guess the scanner's vendor from the first two letters (SI, GE, PH, TO, ...) of any
 # manufacturer string, nested ones too; so ours must start with none of them.
@@ -65,7 +72,7 @@ _NOT_COPIED = words(
     """
     SOPClassUID SOPInstanceUID SeriesInstanceUID Rows Columns PixelSpacing Manufacturer
     ManufacturerModelName SoftwareVersions BurnedInAnnotation LossyImageCompression
-    QualityControlImage SyntheticData
+    QualityControlImage SyntheticData ReferencedFrameNumber
     """
 )
 _CT_ONLY = ("KVP",)
@@ -246,17 +253,21 @@ def _check_out(out_dir: Path) -> None:
         raise OutputError(f"{out_dir} is not empty; give another output folder or empty it")
 
 
-def _write_folder(out_dir: Path, files: Iterable[bytes]) -> tuple[Path, ...]:
-    """Write ``0001.dcm``, ... so that ``out_dir`` is complete or absent, whatever happens."""
+def write_folder(out_dir: Path, files: Iterable[tuple[str, bytes]]) -> tuple[Path, ...]:
+    """Write named files so that ``out_dir`` is complete or absent, whatever happens.
+
+    Raises:
+        OutputError: a folder that is not empty, or cannot be written.
+    """
     _check_out(out_dir)
     temporary: Path | None = None
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
         names = []
-        for i, content in enumerate(files, start=1):
-            names.append(f"{i:04d}.dcm")
-            _write_file(temporary / names[-1], content)
+        for name, content in files:
+            names.append(name)
+            _write_file(temporary / name, content)
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
@@ -275,6 +286,10 @@ def _write_folder(out_dir: Path, files: Iterable[bytes]) -> tuple[Path, ...]:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
     return tuple(out_dir / name for name in names)
+
+
+def _numbered(files: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
+    return ((f"{i:04d}.dcm", content) for i, content in enumerate(files, start=1))
 
 
 def write_instances(
@@ -297,7 +312,7 @@ def write_instances(
         files = (
             _encode(_dataset(header), image) for header, image in zip(headers, pixels, strict=True)
         )
-        return list(_write_folder(Path(out_dir), files))
+        return list(write_folder(Path(out_dir), _numbered(files)))
 
 
 # --- derived series ----------------------------------------------------------------------------
@@ -437,6 +452,12 @@ def _in_zone(now: datetime, offset: str) -> datetime:
     return now.astimezone(zone)
 
 
+def _frame_number(source: Dataset) -> dict[str, int]:
+    """Which frame a template describes, where its source is multi-frame."""
+    frame = source.get("ReferencedFrameNumber")
+    return {} if frame is None else {"ReferencedFrameNumber": int(frame)}
+
+
 def _values(source: Dataset, name: str) -> set[str]:
     value = source.get(name) or ""
     return {value} if isinstance(value, str) else {str(v) for v in value}
@@ -510,7 +531,7 @@ def write_series(
     stored, slope, saturated = _quantise(volume, modality, kind)
     with quiet_pydicom():
         sources = [_open_template(template) for template in templates]
-        if {str(s.SOPClassUID) for s in sources} != {_SOP_CLASS[modality]}:
+        if not {str(s.SOPClassUID) for s in sources} <= _SOURCE_CLASSES[modality]:
             raise InputError(
                 f"a volume in {unit} needs templates of {modality} images, got another kind; "
                 "unit is HU for CT and signal for MR"
@@ -539,7 +560,7 @@ def write_series(
             )
             for index, (source, image) in enumerate(zip(sources, stored, strict=True), start=1)
         )
-        paths = _write_folder(out, files)
+        paths = write_folder(out, _numbered(files))
     return WrittenSeries(paths, series_uid, saturated, slope)
 
 
@@ -642,6 +663,7 @@ def _derived(
             {
                 "ReferencedSOPClassUID": str(source.SOPClassUID),
                 "ReferencedSOPInstanceUID": source_uid,
+                **_frame_number(source),
                 # Same pixel indices, not only the same place: annotations may be carried over.
                 "SpatialLocationsPreserved": "NO" if regridded else "YES",
                 "PurposeOfReferenceCodeSequence": [

@@ -7,8 +7,11 @@ Layout, version 1 (a dataset each, all checksummed):
 ``data``     float32 or complex64      measured values, (slices, \*out_shape)
 ``noise``    float32                   standard deviation, broadcasts against data
 ``mask``     uint8                     sampling mask, for operators that have one
+``maps``     complex64                 coil sensitivities, for operators that have them
+``trajectory`` float32                 sample positions of non-Cartesian MRI, cycles per pixel
+``density``  float32                   their density compensation
 ``truth``    float32 or complex64      optional: the image that was simulated from
-``template`` uint8                     optional: DICOM headers of the slices, end to end
+``template`` uint8                     optional: DICOM or NIfTI headers of the slices, joined
 ``ends``     int64                     optional: where each header ends in ``template``
 ``z_mm``     float64                   optional: position of each slice in mm
 ===========  ========================  =========================================================
@@ -19,6 +22,7 @@ filters, and sizes over a cap are refused before anything of that kind is opened
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -41,11 +45,15 @@ from inverse.errors import (
     ResourceError,
     UnsupportedError,
 )
+from inverse.io.hdf5 import vetted
 from inverse.measurement import Measurement
 from inverse.operators.ct import RayTransform
 from inverse.operators.linop import LinearOperator
 from inverse.operators.mask import Mask
-from inverse.operators.mri import CartesianMRI
+from inverse.operators.metal import UnspoiledRays
+from inverse.operators.mri import CartesianMRI, Sense
+from inverse.operators.nufft import NonCartesian
+from inverse.operators.resample import ThickSlices
 
 __all__ = ["MeasurementFile", "read_measurement", "write_measurement"]
 
@@ -56,12 +64,16 @@ _DTYPES: dict[str, tuple[str, ...]] = {
     "data": ("float32", "complex64"),
     "noise": ("float32",),
     "mask": ("uint8",),
+    "maps": ("complex64",),
+    "trajectory": ("float32",),
+    "density": ("float32",),
     "truth": ("float32", "complex64"),
     "template": ("uint8",),
     "ends": ("int64",),
     "z_mm": ("float64",),
 }
 _REQUIRED = ("header", "data", "noise")
+_STORED = (RayTransform, CartesianMRI, Sense, NonCartesian, Mask, ThickSlices)
 _FILTERS = (1, 2, 3)  # gzip, shuffle, fletcher32: built into every HDF5
 
 
@@ -117,10 +129,10 @@ def write_measurement(
         if len(part) not in (0, n):
             raise InputError(f"{what} must number the {n} slices or be absent, got {len(part)}")
     operator = measurement.operator
-    if not isinstance(operator, RayTransform | CartesianMRI | Mask):
+    if not isinstance(operator, _STORED):
         raise UnsupportedError(
-            f"measurement files store RayTransform, CartesianMRI and Mask operators, got "
-            f"{operator!r}"
+            f"measurement files store {', '.join(kind.__name__ for kind in _STORED)} operators, "
+            f"got {operator!r}"
         )
     header = {
         "format": _FORMAT,
@@ -136,8 +148,15 @@ def write_measurement(
         "data": _numpy(measurement.data),
         "noise": _numpy(measurement.noise).astype(np.float32),
     }
-    if isinstance(operator, CartesianMRI | Mask):
+    if isinstance(operator, CartesianMRI | Sense | Mask):
         arrays["mask"] = _numpy(operator.mask).astype(np.uint8)
+    if isinstance(operator, UnspoiledRays):
+        arrays["mask"] = _numpy(operator.good).astype(np.uint8)
+    if isinstance(operator, Sense | NonCartesian):
+        arrays["maps"] = _numpy(operator.maps)
+    if isinstance(operator, NonCartesian):
+        arrays["trajectory"] = _numpy(operator.trajectory)
+        arrays["density"] = _numpy(operator.density)
     if truth is not None:
         arrays["truth"] = _numpy(truth)
     if template:
@@ -202,22 +221,25 @@ def _numpy(x: Tensor) -> NDArray[Any]:
 def _write_atomically(target: Path, arrays: dict[str, NDArray[Any]]) -> None:
     import h5py
 
+    # HDF5 ends the process where a disk runs full under it, so it writes to memory
+    image = io.BytesIO()
+    # the format of HDF5 1.10 has checksums in its own structures too
+    with h5py.File(image, "w", libver="v110", track_order=False) as out:
+        for name, array in arrays.items():
+            # chunks of one slice; scalars have no chunks and need no checksum
+            slicewise = name in ("data", "truth")
+            chunks = (1, *array.shape[1:]) if slicewise else True
+            options = {"chunks": chunks, "fletcher32": True} if array.size > 1 else {}
+            out.create_dataset(name, data=array, **options)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=target.parent, prefix=f".{target.name}.", suffix=".tmp", delete=False
-        ) as file:
-            temporary = Path(file.name)
+        descriptor, name = tempfile.mkstemp(".tmp", f".{target.name}.", target.parent)
+        temporary = Path(name)
         try:
-            with h5py.File(temporary, "w", track_order=False) as out:
-                for name, array in arrays.items():
-                    # chunks of one slice; scalars have no chunks and need no checksum
-                    slicewise = name in ("data", "truth")
-                    chunks = (1, *array.shape[1:]) if slicewise else True
-                    options = {"chunks": chunks, "fletcher32": True} if array.size > 1 else {}
-                    out.create_dataset(name, data=array, **options)
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(image.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
             # temporary files are private; the result follows the user's umask as any other file
             umask = os.umask(0)
             os.umask(umask)
@@ -240,15 +262,9 @@ def _read_arrays(source: Path, max_bytes: int) -> dict[str, NDArray[Any]]:
     with h5py.File(source, "r") as file:
         found = {}
         for name in _DTYPES:
-            link = file.get(name, getlink=True)
-            if link is None:
-                continue
-            if not isinstance(link, h5py.HardLink):
-                raise InputError(
-                    f"{source}: '{name}' is a link to elsewhere, which measurement files may not "
-                    f"hold; refuse such a file or write it again from its source"
-                )
-            found[name] = file[name]
+            item = vetted(file, name, source, _FILTERS)
+            if item is not None:
+                found[name] = item
         missing = [name for name in _REQUIRED if name not in found]
         if missing:
             raise InputError(
@@ -257,7 +273,7 @@ def _read_arrays(source: Path, max_bytes: int) -> dict[str, NDArray[Any]]:
             )
         total = 0
         for name, item in found.items():
-            _vet(source, name, item)
+            _check_type(source, name, item)
             size = math.prod(item.shape) * item.dtype.itemsize
             total += size
             if total > max_bytes or (name == "header" and size > _HEADER_BYTES):
@@ -270,29 +286,13 @@ def _read_arrays(source: Path, max_bytes: int) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _vet(source: Path, name: str, item: Any) -> None:
-    import h5py
-
-    if not isinstance(item, h5py.Dataset):
-        raise InputError(f"{source}: '{name}' must be a dataset, got {type(item).__name__}")
-    if item.is_virtual or item.external:
-        raise InputError(
-            f"{source}: '{name}' keeps its values in other files, which measurement files may "
-            f"not; write it again with its values inside"
-        )
+def _check_type(source: Path, name: str, item: Any) -> None:
     if item.dtype.name not in _DTYPES[name] and not (
         # numpy has no name for h5py's pair of reals other than complex64
         item.dtype == np.complex64 and "complex64" in _DTYPES[name]
     ):
         raise InputError(
             f"{source}: '{name}' must be {' or '.join(_DTYPES[name])}, got {item.dtype}"
-        )
-    plist = item.id.get_create_plist()
-    filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
-    if any(f not in _FILTERS for f in filters):
-        raise InputError(
-            f"{source}: '{name}' uses HDF5 filter {filters}, which needs a plug-in; write it "
-            f"again uncompressed or with gzip"
         )
 
 
@@ -305,9 +305,9 @@ def _assemble(source: Path, header: Any, arrays: dict[str, NDArray[Any]]) -> Mea
             f"use the release that wrote it"
         )
     tensors = {
-        k: torch.from_numpy(arrays[k]) for k in ("data", "noise", "mask", "truth") if k in arrays
+        k: torch.from_numpy(a) for k, a in arrays.items() if k not in ("header", "template")
     }
-    operator = _operator(header["operator"], tensors.get("mask"))
+    operator = _operator(header["operator"], tensors)
     if header["modality"] not in ("CT", "MR"):
         raise InputError(f"{source}: modality must be CT or MR, got {header['modality']!r}")
     data = tensors["data"]
@@ -361,17 +361,33 @@ def _split(
     return tuple(joined[a:b].tobytes() for a, b in zip(starts, stops, strict=True))
 
 
-def _operator(spec: dict[str, Any], mask: Tensor | None) -> LinearOperator:
-    """The operator that a spec describes."""
+def _operator(spec: dict[str, Any], tensors: dict[str, Tensor]) -> LinearOperator:
+    """The operator that a spec and the arrays beside it describe."""
     kind = spec["type"]
+    mask = tensors.get("mask")
     if kind == "ct":
         return RayTransform.from_spec(spec)
-    if kind not in ("mri", "mask"):
+    if kind == "ct without metal":
+        scan = RayTransform.from_spec(spec)
+        if mask is None:
+            raise InputError(f"the file's {kind} operator needs a mask of its good rays")
+        return UnspoiledRays(scan, ~mask.bool())
+    if kind == "thick slices":
+        return ThickSlices.from_spec(spec)
+    if kind == "noncartesian":
+        height, width = spec["shape"]
+        return NonCartesian(
+            tensors["trajectory"], (height, width), tensors["maps"], tensors["density"]
+        )
+    if kind not in ("mri", "sense", "mask"):
         raise UnsupportedError(
-            f"operator {kind!r} of the measurement file is not served; expected ct, mri or mask"
+            f"operator {kind!r} of the measurement file is not served; expected ct, ct "
+            f"without metal, mri, sense, noncartesian, mask or thick slices"
         )
     if mask is None or list(mask.shape) != spec["shape"]:
         raise InputError(f"the file's {kind} operator needs a mask of shape {spec['shape']}")
     if kind == "mri":
         return CartesianMRI(mask.bool())
+    if kind == "sense":
+        return Sense(tensors["maps"], mask.bool())
     return Mask(mask.bool(), torch.complex64 if spec["complex"] else torch.float32)

@@ -1,8 +1,29 @@
 """Posterior sampling: a prior and a measurement combined, method by method."""
 
-from inverse.posterior.guidance import Proximal
-from inverse.posterior.methods import METHODS, Method
+from inverse.posterior.guidance import (
+    DPS,
+    MMPS,
+    HalfQuadratic,
+    PiGDM,
+    Proximal,
+    ddnm_plus,
+    multistep,
+)
+from inverse.posterior.methods import METHODS, PRESETS, Method
 from inverse.posterior.problem import Problem
 from inverse.posterior.projection import song_projection
 
-__all__ = ["METHODS", "Method", "Problem", "Proximal", "song_projection"]
+__all__ = [
+    "DPS",
+    "METHODS",
+    "MMPS",
+    "PRESETS",
+    "HalfQuadratic",
+    "Method",
+    "PiGDM",
+    "Problem",
+    "Proximal",
+    "ddnm_plus",
+    "multistep",
+    "song_projection",
+]

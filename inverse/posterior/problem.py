@@ -21,9 +21,13 @@ class Problem:
         measurement: data of the batch.
         noise: randomness of the batch's samples.
         callback: progress, ``(i, n)``.
+        offset: physical value of prior value 0.
+        scale: physical units per prior unit.
     """
 
     prior: Denoiser
     measurement: Measurement
     noise: Noise
     callback: Callable[[int, int], None] | None = None
+    offset: float = 0.0
+    scale: float = 1.0

@@ -1,5 +1,6 @@
 """Samplers of a prior: time grids, steps of the reverse SDE, the loop over them; the flow ODE."""
 
+from inverse.sampling.named import Named
 from inverse.sampling.ode import (
     RK45,
     Heun,
@@ -30,6 +31,7 @@ __all__ = [
     "Corrector",
     "Heun",
     "Likelihood",
+    "Named",
     "Noise",
     "Sampler",
     "Step",

@@ -7,11 +7,10 @@ by default those of ``t = 1`` and ``t_min``; every sampler ends with the Tweedie
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from inverse.errors import GeometryError, NumericalError, ReconError
 from inverse.priors.denoiser import Denoiser, expand
 from inverse.sampling import steps as step_functions
+from inverse.sampling.named import Named
 from inverse.sampling.ode import RK45, Heun, decode
 from inverse.sampling.sample import DIVERGED, Noise, sample, time_grid
 from inverse.sampling.steps import Corrector, Step
@@ -290,12 +290,10 @@ def _flow(
 
 
 @dataclass(frozen=True)
-class Sampler:
+class Sampler(Named):
     """A row of the table of samplers.
 
     Attributes:
-        run: the function; its keyword arguments are the sampler's options.
-        title: what it is.
         calls_per_step: network calls a step.
         stochastic: whether it draws noise after its start.
         order: order at which the error of expectations vanishes with the step; for Langevin, of
@@ -304,38 +302,13 @@ class Sampler:
         reference: source.
     """
 
-    run: Callable[..., Tensor]
-    title: str
     calls_per_step: int
     stochastic: bool
     order: int
     when: str
     reference: str
 
-    @property
-    def options(self) -> Mapping[str, Any]:
-        """Option names and their defaults."""
-        parameters = inspect.signature(self.run).parameters.values()
-        common = ("start", "levels", "callback")
-        return {
-            p.name: p.default
-            for p in parameters
-            if p.kind is p.KEYWORD_ONLY and p.name not in common
-        }
-
-    def resolve(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Defaults overridden by ``given``.
-
-        Raises:
-            ReconError: for an option that the sampler does not have.
-        """
-        unknown = sorted(set(given) - set(self.options))
-        if unknown:
-            raise ReconError(
-                f"sampler '{self.title}' has no option {', '.join(unknown)}; it has "
-                f"{', '.join(self.options)}"
-            )
-        return {**self.options, **given}
+    _not_options = frozenset({"start", "levels", "callback"})
 
 
 SAMPLERS: dict[str, Sampler] = {
