@@ -8,16 +8,20 @@ from typing import Annotated
 import typer
 
 from recon_cli import (
+    convert,
     demo,
     doctor,
     inspect,
+    likelihood,
     methods,
     priors,
     reconstruct,
     runlog,
+    sample,
     simulate,
     study,
     train,
+    tune,
 )
 from recon_cli.errors import guarded
 from recon_cli.report import command as report
@@ -58,7 +62,8 @@ def _root(
 
 
 for module in (
-    demo, inspect, simulate, reconstruct, study, report, train, priors, methods, doctor,
+    demo, inspect, convert, simulate, reconstruct, study, tune, report, train, sample, likelihood,
+    priors, methods, doctor,
 ):  # fmt: skip
     module.register(app)
 

@@ -35,7 +35,7 @@ __all__ = ["Terminated", "guarded", "one_line", "usage"]
 
 # typer carries its own copy of click in some versions; its base classes are reached from here
 _CLICK = typer.BadParameter.__mro__[2]
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -65,8 +65,21 @@ def _usage_text(error: Any) -> str:
     return f"{text}; see '{command} --help'"
 
 
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether the system's refusal to write more lies behind an error, however it was wrapped."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        if f"(os error {errno.ENOSPC})" in str(error):  # so the writer of priors, in Rust, says it
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _classify(error: BaseException) -> tuple[int, str]:
     """Exit code and text of whatever ended the command."""
+    if _disk_is_full(error):
+        return 7, "no space left for the output; free some disk space"
     code = getattr(error, "exit_code", None)
     if isinstance(error, _CLICK):
         return int(code or 2), _usage_text(error)
@@ -77,10 +90,13 @@ def _classify(error: BaseException) -> tuple[int, str]:
         return 7, out_of_memory
     if isinstance(error, RuntimeError) and "allocate memory" in str(error):
         return 7, out_of_memory
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return 7, f"no space left for '{error.filename or 'the output'}'; free some disk space"
+    if isinstance(error, RuntimeError) and "CUDA error" in str(error):
+        return 7, "the GPU failed; look at it with nvidia-smi, and run the command again"
     if isinstance(error, OSError) and error.errno in _DENIED:
         return 6, f"no permission for '{error.filename}'; give a folder that can be written"
+    if isinstance(error, OSError):
+        where = f" of '{error.filename}'" if error.filename else ""
+        return 6, f"reading or writing{where} failed ({error.strerror}); look at the disk"
     text = one_line(error)
     return 1, f"internal error, {type(error).__name__}: {text}; use --debug for the traceback"
 

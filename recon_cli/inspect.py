@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from recon_cli.console import log, print_json, print_table
 from recon_cli.options import Input, Json, command
+from recon_cli.scans import Limits, bytes_of
 
 if TYPE_CHECKING:
-    from inverse.io.dicom import Stack
+    from pathlib import Path
+
+    from inverse.io.series import Inspection, Stack
     from inverse.priors import PriorCard
 
 
@@ -24,15 +27,21 @@ def register(app: typer.Typer) -> None:
         examples="""
         recon inspect CT_FOLDER
         recon inspect archive.zip --json
+        recon inspect brain.nii.gz
         """,
     )
-    def inspect(path: Input, as_json: Json = False) -> None:
+    def inspect(path: Input, limits: Limits = 4.0, as_json: Json = False) -> None:
         """Show stacks, geometry, units, warnings and fitting priors; reads headers only."""
         from inverse.errors import NoInputError
-        from inverse.io.dicom import inspect as read
+        from inverse.io.raw import describe_hdf5
+        from inverse.io.series import inspect as read
         from inverse.priors import list_priors
 
-        found = read(path)
+        raw = describe_hdf5(path)
+        if raw is not None:
+            _tell_raw(path, raw, as_json)
+            return
+        found = read(path, max_bytes=bytes_of(limits))
         if not found.stacks:
             reasons = "; ".join(f"{n} x {reason}" for reason, n in found.skipped.items())
             raise NoInputError(
@@ -47,7 +56,7 @@ def register(app: typer.Typer) -> None:
             print_json({"schema_version": 1, **result})
             return
         print_table(
-            f"{len(found.stacks)} stacks in {path}",
+            _title(found, path),
             ["stack", "series", "no.", "modality", "slices", "matrix", "spacing mm", "remarks",
              "priors"],
             [_row(stack, names) for stack, names in zip(found.stacks, fits, strict=True)],
@@ -61,6 +70,34 @@ def register(app: typer.Typer) -> None:
             log(f"skipped {count} files: {reason}")
         for note in found.warnings:
             log(f"warning: {note.text} [{note.code}]")
+
+
+def _tell_raw(path: Path, raw: Mapping[str, Any], as_json: bool) -> None:
+    """A measurement file or raw data, and which command takes them."""
+    measured = raw["kind"] == "measurement"
+    command = "reconstruct" if measured else "convert"
+    if raw["kind"] == "unknown HDF5":
+        command = "convert --format NAME"
+    if as_json:
+        print_json({"schema_version": 1, "stacks": [], "raw": {**raw, "command": command}})
+        return
+    shape = " x ".join(map(str, raw.get("shape", ())))
+    label = f", {raw['label']}" if raw.get("label") else ""
+    size = f", data {shape}" if shape else ""
+    what = "measurement file" if measured else f"{raw['kind']} raw data"
+    if measured:
+        size += ", simulated" if raw["simulated"] else ", measured"
+    print(f"{path}: {what}{label}{size}; next: recon {command} {path} -o OUT")
+
+
+def _title(found: Inspection, path: Path) -> str:
+    """How much was found, and how much of it is no image to reconstruct."""
+    scouts = sum(stack.localizer for stack in found.stacks)
+    skipped = sum(found.skipped.values())
+    parts = [f"{len(found.stacks)} stack{'s' * (len(found.stacks) != 1)} in {path}"]
+    parts += [f"{scouts} of them localizer{'s' * (scouts > 1)}"] if scouts else []
+    parts += [f"{skipped} other file{'s' * (skipped > 1)} skipped"] if skipped else []
+    return ", ".join(parts)
 
 
 def _row(stack: Stack, priors: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
     @command(app, "methods")
     def methods(as_json: Json = False) -> None:
         """List the reconstruction methods: cost, exactness, when to use which."""
-        from inverse.posterior.methods import METHODS
+        from inverse.posterior.methods import METHODS, PRESETS
 
         if as_json:
             print_json(
@@ -22,9 +22,16 @@ def register(app: typer.Typer) -> None:
                     name: {
                         "title": m.title,
                         "options": dict(m.options),
-                        "network_calls": m.calls_per_step * int(m.options["steps"]),
+                        "presets": {
+                            modality: preset
+                            for (method, modality), preset in PRESETS.items()
+                            if method == name
+                        },
+                        "network_calls": m.network_calls,
+                        "operator_calls_per_step": m.operator_calls,
                         "jacobian": m.jacobian,
                         "exactness": m.exactness,
+                        "spread": m.spread,
                         "noise": m.noise,
                         "when": m.when,
                         "reference": m.reference,
@@ -37,8 +44,10 @@ def register(app: typer.Typer) -> None:
             [
                 name,
                 m.title,
-                str(m.calls_per_step * int(m.options["steps"])),
+                str(m.network_calls),
+                "yes" if m.jacobian else "no",
                 m.exactness,
+                m.noise,
                 m.when,
                 m.reference,
             ]
@@ -46,7 +55,7 @@ def register(app: typer.Typer) -> None:
         ]
         print_table(
             "Methods (network calls a slice and sample, by default)",
-            ["name", "method", "calls", "exactness", "when", "reference"],
+            ["name", "method", "calls", "gradient", "exactness", "noise", "when", "reference"],
             rows,
-            left=6,
+            left=8,
         )

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
+from recon_cli import runlog
+from recon_cli.config import Config, resolved
 from recon_cli.console import VERBOSITY
 from recon_cli.errors import usage
 
-__all__ = ["command", "parse_slices"]
+if TYPE_CHECKING:
+    from inverse.sampling import Named
+
+__all__ = ["command", "parse_pairs", "parse_slices", "parse_value", "read_options"]
 
 _SCAN, _RECON, _OUT = "Measurement", "Reconstruction", "Input and output"
 
@@ -41,6 +47,14 @@ Overwrite = Annotated[
     typer.Option(
         "--overwrite",
         help="Replace an earlier output of recon, once the new one is complete.",
+        rich_help_panel=_OUT,
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Continue a run that was cut short, and keep finished pieces if this one is.",
         rich_help_panel=_OUT,
     ),
 ]
@@ -79,8 +93,10 @@ Views = Annotated[
     int, typer.Option("--views", min=1, help="Number of views.", rich_help_panel=_SCAN)
 ]
 GeometryName = Annotated[
-    Literal["parallel", "fan"],
-    typer.Option("--geometry", help="Beam.", rich_help_panel=_SCAN),
+    Literal["parallel", "fan", "fan-curved"],
+    typer.Option(
+        "--geometry", help="Beam, and whether its detector is curved.", rich_help_panel=_SCAN
+    ),
 ]
 Arc = Annotated[
     float | None,
@@ -91,6 +107,56 @@ Arc = Annotated[
         max=360.0,
         help="Angle that the views cover.",
         show_default="180 for parallel, 360 for fan",
+        rich_help_panel=_SCAN,
+    ),
+]
+ShortScan = Annotated[
+    bool,
+    typer.Option(
+        "--short-scan",
+        help="Cover a half turn and the fan angle, the least that measures every line.",
+        rich_help_panel=_SCAN,
+    ),
+]
+Detector = Annotated[
+    int | None,
+    typer.Option(
+        "--detector",
+        metavar="BINS",
+        min=1,
+        help="Detector bins of about a pixel; fewer than cover the image truncate it.",
+        show_default="as many as cover the image",
+        rich_help_panel=_SCAN,
+    ),
+]
+ElectronicNoise = Annotated[
+    float,
+    typer.Option(
+        "--electronic-noise",
+        min=0.0,
+        help="Std of the electronics' noise, in photons a detector bin.",
+        rich_help_panel=_SCAN,
+    ),
+]
+Kvp = Annotated[
+    float | None,
+    typer.Option(
+        "--kvp",
+        min=40.0,
+        max=150.0,
+        help="Tube voltage of a polychromatic beam, which bone and metal harden.",
+        show_default="one energy",
+        rich_help_panel=_SCAN,
+    ),
+]
+Metal = Annotated[
+    int,
+    typer.Option(
+        "--metal",
+        metavar="RODS",
+        min=0,
+        max=8,
+        help="Titanium rods of 10 mm to put into the images; rays through them are left out.",
         rich_help_panel=_SCAN,
     ),
 ]
@@ -121,7 +187,9 @@ Acceleration = Annotated[
     ),
 ]
 MaskName = Annotated[
-    Literal["uniform1d", "random1d", "gaussian1d", "gaussian2d"],
+    Literal[
+        "uniform1d", "random1d", "gaussian1d", "partial1d", "random2d", "gaussian2d", "poisson"
+    ],
     typer.Option("--mask", help="Sampling pattern in k-space.", rich_help_panel=_SCAN),
 ]
 Centre = Annotated[
@@ -131,6 +199,26 @@ Centre = Annotated[
         min=0.0,
         max=1.0,
         help="Share of k-space around its centre that is always sampled.",
+        rich_help_panel=_SCAN,
+    ),
+]
+
+Coils = Annotated[
+    int,
+    typer.Option(
+        "--coils",
+        min=1,
+        max=64,
+        help="Receive coils around the object; their maps are calibrated from the data.",
+        rich_help_panel=_SCAN,
+    ),
+]
+TrajectoryName = Annotated[
+    Literal["cartesian", "radial", "spiral"],
+    typer.Option(
+        "--trajectory",
+        help="Path through k-space; other than cartesian needs the extra 'nufft', and leaves "
+        "--mask and --centre without effect.",
         rich_help_panel=_SCAN,
     ),
 ]
@@ -171,6 +259,17 @@ PriorName = Annotated[
 ]
 MethodName = Annotated[
     str, typer.Option("--method", help="Sampler; see 'recon methods'.", rich_help_panel=_RECON)
+]
+MethodOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        metavar="NAME=VALUE",
+        help="An option of the method ('recon methods --json' lists them), such as eta=0.5; "
+        "repeat for more.",
+        show_default=False,
+        rich_help_panel=_RECON,
+    ),
 ]
 Steps = Annotated[
     int | None,
@@ -221,7 +320,8 @@ Tv = Annotated[
     bool,
     typer.Option(
         "--tv/--no-tv",
-        help="Run the TV baseline, which takes about as long as the prior.",
+        help="Run the TV baseline (for MRI also L1-wavelet), which takes about as long as the "
+        "prior.",
         rich_help_panel=_RECON,
     ),
 ]
@@ -236,7 +336,7 @@ _SHARED = {
 def command(
     app: typer.Typer, name: str, *, examples: str = "", **settings: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function as a command that also has ``--quiet``, ``--verbose``, ``--debug``.
+    """Register a function as a command that also has `_SHARED` options and ``--config``.
 
     Args:
         app: group of the command.
@@ -249,14 +349,24 @@ def command(
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
-        def run(*, quiet: bool, verbose: bool, debug: bool, **given: Any) -> None:
+        def run(
+            *,
+            context: typer.Context,
+            config: Path | None,
+            quiet: bool,
+            verbose: bool,
+            debug: bool,
+            **given: Any,
+        ) -> None:
             VERBOSITY.apply(quiet=quiet, verbose=verbose, debug=debug)
+            runlog.OPTIONS = resolved(context, given)
             with warnings.catch_warnings():
                 # third-party warnings print values of headers, and nobody can act on them
                 warnings.simplefilter("default" if debug else "ignore")
                 function(**given)
 
         hints = get_type_hints(function, include_extras=True) | _SHARED
+        hints |= {"config": Config, "context": typer.Context}
         own = inspect.signature(function).parameters.values()
         parameters = [
             p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in own
@@ -265,6 +375,12 @@ def command(
             inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=a)
             for n, a in _SHARED.items()
         ]
+        parameters += [
+            inspect.Parameter(
+                "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Config
+            ),
+            inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
+        ]
         vars(run)["__signature__"] = inspect.Signature(parameters)
         run.__annotations__ = hints
         del vars(run)["__wrapped__"]
@@ -272,6 +388,55 @@ def command(
         return function
 
     return register
+
+
+def parse_pairs(texts: Sequence[str]) -> dict[str, str]:
+    """``NAME=VALUE`` texts of ``--option`` by name.
+
+    Raises:
+        typer.BadParameter: not of that form, or a name twice.
+    """
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, _, value = (part.strip() for part in text.partition("="))
+        if not name or not value:
+            raise usage(f"--option '{text}' is not NAME=VALUE, such as eta=0.5")
+        if name in pairs:
+            raise usage(f"--option {name} is given twice; give it once")
+        pairs[name] = value
+    return pairs
+
+
+def parse_value(name: str, text: str, kind: Any) -> bool | int | float | str:
+    """The value of an option in the type that its function declares.
+
+    Args:
+        name: of the option, for the message.
+        text: as the user wrote it.
+        kind: ``int``, ``float``, ``bool``, a ``Literal`` of words, or one of the numbers or
+            ``None``.
+
+    Raises:
+        typer.BadParameter: not a value of that type.
+    """
+    number = next((k for k in get_args(kind) if k in (int, float)), kind)
+    words: dict[str, bool | str] = {}
+    if number is bool:
+        words = {"true": True, "false": False}
+    elif get_origin(number) is Literal:
+        words = {word: word for word in get_args(number)}
+    if words:
+        if text not in words:
+            raise usage(f"--option {name} takes {' or '.join(words)}, got '{text}'")
+        return words[text]
+    try:
+        value: int | float = number(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        what = "a whole number" if number is int else "a finite number"
+        raise usage(f"--option {name} takes {what}, got '{text}'")
+    return value
 
 
 def parse_slices(text: str | None, count: int) -> list[int]:
@@ -300,3 +465,29 @@ def parse_slices(text: str | None, count: int) -> list[int]:
             f"--slices {text} selects nothing of the {count} slices, numbered 0 to {count - 1}"
         )
     return chosen
+
+
+def read_options(
+    row: Named, given: Sequence[str], read: Callable[[str, str, Any], Any] = parse_value
+) -> dict[str, Any]:
+    """The values of ``NAME=VALUE`` texts, for options of a method or a sampler.
+
+    Args:
+        row: the method or sampler.
+        given: the texts of ``--option``.
+        read: name, text and declared type to the value.
+
+    Raises:
+        typer.BadParameter: an option that the row does not have, or a value of another type.
+    """
+    from inverse.errors import ReconError
+
+    pairs = parse_pairs(given)
+    if "steps" in pairs:
+        raise usage("--option steps is an option of its own; give --steps")
+    try:
+        row.resolve(pairs)
+    except ReconError as error:
+        raise usage(str(error)) from None
+    kinds = get_type_hints(row.run)
+    return {name: read(name, text, kinds[name]) for name, text in pairs.items()}

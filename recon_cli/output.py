@@ -1,21 +1,71 @@
-"""Output folders that are complete or absent, whatever happens."""
+"""Output folders that are complete or absent, and runs that continue where they were cut short.
+
+While a command runs, everything lies in a hidden folder beside the output::
+
+    .NAME.recon-work/
+        lock            held by the running process; the system lets go of it however that ends
+        manifest.json   what the run is: options, hashes of inputs, prior and data, versions
+        saved/*.npz     finished pieces, each whole on disk before the next is begun
+        out/            the output, which takes the name NAME in one step at the very end
+
+A run that ends by itself, be it by an error or Ctrl-C, takes the hidden folder away, unless
+``--resume`` asked to keep finished pieces.  A killed one cannot; the next run finds them.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
+import io
+import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import signal
+import threading
+import zipfile
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["check_file", "output_folder"]
+from recon_cli.console import log, plain_json
+from recon_cli.runlog import sync, write_whole
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from inverse.reconstruct import Batch
+
+__all__ = [
+    "NOTHING_SAVED",
+    "Batches",
+    "Saved",
+    "Work",
+    "check_file",
+    "output_folder",
+    "working_folder",
+]
 
 
 def _refuse(text: str) -> Exception:
     from inverse.errors import OutputError
 
     return OutputError(text)
+
+
+def check_file(path: Path, overwrite: bool) -> None:
+    """Refuse an output file that exists.
+
+    Raises:
+        OutputError: it exists and ``overwrite`` is false, or is not a file.
+    """
+    if path.is_dir():
+        raise _refuse(f"output '{path}' is a folder; give a file name")
+    if path.exists() and not overwrite:
+        raise _refuse(f"output file '{path}' exists; give another -o, or --overwrite")
 
 
 def _check_folder(out: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
@@ -39,66 +89,301 @@ def _check_folder(out: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
             )
 
 
-def check_file(path: Path, overwrite: bool) -> None:
-    """Refuse an output file that exists.
+# --- finished pieces ---------------------------------------------------------------------------
 
-    Raises:
-        OutputError: it exists and ``overwrite`` is false, or is not a file.
+
+class Saved:
+    """Finished pieces of a run: arrays and plain JSON values by name.
+
+    Args:
+        folder: the hidden folder; ``None`` for a run that keeps nothing.
     """
-    if path.is_dir():
-        raise _refuse(f"output '{path}' is a folder; give a file name")
-    if path.exists() and not overwrite:
-        raise _refuse(f"output file '{path}' exists; give another -o, or --overwrite")
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return 0 if self.folder is None else len(list(self.folder.glob("saved/*.npz")))
+
+    def agree(self, manifest: Mapping[str, Any], started: datetime) -> datetime:
+        """Write down what this run is; of one that continues, check that it is the same.
+
+        Args:
+            manifest: whatever the bits of the result depend on; plain JSON values.
+            started: when this run began.
+
+        Returns:
+            When the run that it continues began; ``started`` where there is none.
+
+        Raises:
+            OutputError: the pieces are of a run of other settings, inputs or versions.
+        """
+        if self.folder is None:
+            return started
+        path = self.folder / "manifest.json"
+        mine = plain_json(manifest)
+        if not path.is_file() and not len(self):
+            text = json.dumps({"started": started.isoformat(), "run": mine}, indent=2)
+            write_whole(path, text.encode())
+            return started
+        try:
+            there = json.loads(path.read_text())
+            theirs, begun = dict(there["run"]), datetime.fromisoformat(there["started"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise _refuse(
+                f"'{path}' is damaged, so the run cannot be continued; start over with --overwrite"
+            ) from None
+        differing = [k for k in sorted(mine | theirs) if mine.get(k) != theirs.get(k)]
+        if differing:
+            raise _refuse(
+                f"cannot continue the run that was cut short, since it differs in "
+                f"{', '.join(_difference(k, theirs.get(k), mine.get(k)) for k in differing)}; "
+                "repeat its command line with --resume, or start over with --overwrite"
+            )
+        return begun
+
+    def get(self, name: str) -> tuple[dict[str, NDArray[Any]], Any] | None:
+        """A piece, or ``None`` where it is absent or damaged."""
+        import numpy as np
+
+        if self.folder is None:
+            return None
+        try:
+            with np.load(self.folder / "saved" / f"{name}.npz", allow_pickle=False) as file:
+                arrays = {key: file[key] for key in file.files}  # zip members carry checksums
+            return arrays, json.loads(arrays.pop("meta").tobytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            log(f"the finished piece '{name}' is damaged and is computed again")
+            return None
+
+    def put(self, name: str, arrays: Mapping[str, NDArray[Any]], meta: Any) -> None:
+        """Keep a piece; it is on disk when this returns."""
+        import numpy as np
+
+        if self.folder is None:
+            return
+        stream = io.BytesIO()
+        text = np.frombuffer(json.dumps(meta, allow_nan=False).encode(), np.uint8)
+        members: dict[str, Any] = {"meta": text, **arrays}
+        np.savez(stream, **members)
+        write_whole(self.folder / "saved" / f"{name}.npz", stream.getvalue())
+
+
+NOTHING_SAVED = Saved(None)
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """What differs, with its values where they are short."""
+    short = all(
+        isinstance(v, str | int | float | bool) and len(str(v)) < 24 for v in (before, now)
+    )
+    return f"{name} ({before} then, {now} now)" if short else name
+
+
+class Batches(MutableMapping[int, "Batch"]):
+    """The finished batches of `inverse.reconstruct`, as pieces of a run."""
+
+    def __init__(self, saved: Saved) -> None:
+        self._saved = saved
+        self._here: dict[int, Batch] = {}
+
+    def __contains__(self, number: object) -> bool:
+        return isinstance(number, int) and self._find(number) is not None
+
+    def __getitem__(self, number: int) -> Batch:
+        found = self._find(number)
+        if found is None:
+            raise KeyError(number)
+        return found
+
+    def __setitem__(self, number: int, batch: Batch) -> None:
+        self._here[number] = batch
+        meta = [batch.images, batch.operator_calls, batch.seconds]
+        samples = batch.samples.resolve_conj().numpy()
+        self._saved.put(f"batch-{number:06d}", {"samples": samples}, meta)
+
+    def __delitem__(self, number: int) -> None:
+        raise TypeError("finished batches are not taken back")
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._here)
+
+    def __len__(self) -> int:
+        return len(self._here)
+
+    def _find(self, number: int) -> Batch | None:
+        import torch
+
+        from inverse.reconstruct import Batch
+
+        if number not in self._here:
+            piece = self._saved.get(f"batch-{number:06d}")
+            if piece is None:
+                return None
+            arrays, (images, calls, seconds) = piece
+            samples = torch.from_numpy(arrays["samples"])
+            self._here[number] = Batch(samples, int(images), int(calls), float(seconds))
+        return self._here[number]
+
+
+# --- the hidden folder -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where a command puts its output, and what it has finished already."""
+
+    folder: Path
+    saved: Saved
 
 
 @contextmanager
-def output_folder(out: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> Iterator[Path]:
+def working_folder(
+    out: Path, *, overwrite: bool, inputs: Sequence[Path] = (), resume: bool | None = None
+) -> Iterator[Work]:
     """A hidden folder beside ``out`` that takes its name when the block ends without an error.
 
     Args:
         out: the folder that the user asked for.
-        overwrite: replace an earlier output there, at the very end.
+        overwrite: replace an earlier output there, at the very end, and drop what a run that was
+            cut short left.
         inputs: paths that must not lie inside a folder that is replaced.
+        resume: continue a run that was cut short, and keep finished pieces if this one is;
+            ``None`` for commands that cannot.
 
     Raises:
-        OutputError: ``out`` is not empty and may not be replaced, or cannot be written.
+        OutputError: ``out`` is not empty and may not be replaced, or cannot be written; a run
+            that was cut short is there; or one that goes on.
     """
-    _check_folder(out, overwrite, inputs)
     out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow links in the parents
-    made = [p for p in (out.parent, *out.parent.parents) if not p.exists()]
-    temporary: Path | None = None
+    hidden = out.with_name(f".{out.name}.recon-work")
+    made = [p for p in (hidden, *hidden.parents) if not p.exists()]
+    with _uninterrupted():
+        lock = _claim(hidden, out, made)
+    keep = True
     try:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        except OSError as error:
+        _restore(hidden, out)
+        _check_folder(out, overwrite, inputs)
+        found, stale = len(Saved(hidden)), (hidden / "out").exists()
+        if found and not resume and not overwrite:
             raise _refuse(
-                f"output folder '{out}' cannot be written ({error.strerror}); give another -o"
-            ) from None
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        _replace(temporary, out)
-        made = []
+                f"a run to '{out}' was cut short and left finished pieces; continue it with "
+                "--resume, or start over with --overwrite"
+            )
+        if found and resume:
+            log(f"continuing a run that was cut short, with {found} finished pieces")
+        elif stale:
+            log("removing what a run that was cut short had left")
+        keep = bool(resume)
+        _prepare(hidden, keep)
+        yield Work(hidden / "out", Saved(None if resume is None else hidden))
+        with _uninterrupted():
+            _publish(hidden, out)
+        made, keep = [], False
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        for folder in made:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        with _uninterrupted():
+            if not (keep and len(Saved(hidden))):
+                shutil.rmtree(hidden, ignore_errors=True)
+            elif resume:
+                shutil.rmtree(hidden / "out", ignore_errors=True)
+                log("finished pieces are kept; repeat the command with --resume to continue")
+            os.close(lock)
+            _remove_empty(made)
 
 
-def _replace(temporary: Path, out: Path) -> None:
-    """Rename into place; an earlier output is kept until the new one stands."""
-    if not out.exists():
-        temporary.rename(out)
-        return
-    old = temporary.with_name(temporary.name + ".old")
-    out.rename(old)
+@contextmanager
+def output_folder(out: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> Iterator[Path]:
+    """As `working_folder`, for commands that are over too soon to be continued."""
+    with working_folder(out, overwrite=overwrite, inputs=inputs) as work:
+        yield work.folder
+
+
+def _claim(hidden: Path, out: Path, made: Sequence[Path]) -> int:
+    """Make the hidden folder, or take over one that nobody holds; the lock's descriptor."""
     try:
-        temporary.rename(out)
+        hidden.parent.mkdir(parents=True, exist_ok=True)
+        hidden.mkdir(mode=0o700, exist_ok=True)
+        if hidden.is_symlink():
+            raise OSError(errno.ELOOP, f"'{hidden.name}' beside it is a link")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        lock = os.open(hidden / "lock", flags, 0o600)
+    except OSError as error:
+        _remove_empty(made)
+        raise _refuse(
+            f"output folder '{out}' cannot be written ({error.strerror}); give another -o"
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock), (hidden / "lock").stat()):
+            return lock
     except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        pass
+    os.close(lock)
+    raise _refuse(f"another run is writing '{out}' now; wait for it, or give another -o")
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders that hold nothing, innermost first."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _prepare(hidden: Path, keep: bool) -> None:
+    """An empty place for the output; finished pieces stay or go."""
+    shutil.rmtree(hidden / "out", ignore_errors=True)
+    if not keep:
+        shutil.rmtree(hidden / "saved", ignore_errors=True)
+        (hidden / "manifest.json").unlink(missing_ok=True)
+    (hidden / "saved").mkdir(exist_ok=True)
+    (hidden / "out").mkdir()
+
+
+def _publish(hidden: Path, out: Path) -> None:
+    """Give the output its name; an earlier output is whole until the new one stands."""
+    folder, old = hidden / "out", hidden / "old"
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+    if not out.exists():
+        folder.rename(out)
+    elif not _exchange(folder, out):
+        out.rename(old)
+        try:
+            folder.rename(out)
+        except OSError:
+            old.rename(out)
+            raise
+    sync(out.parent)
+
+
+def _restore(hidden: Path, out: Path) -> None:
+    """Undo half of the two renames of `_publish`, where a kill came between them."""
+    if not out.exists() and (hidden / "old").is_dir():
+        (hidden / "old").rename(out)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step; false where the system cannot."""
+    try:
+        swap = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+    return bool(swap(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Pass over Ctrl-C and SIGTERM in the moment in which an output appears or goes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from recon_cli.console import log, print_json, print_table, progress
+from recon_cli.console import log, plain_json, print_json, print_table, progress
 from recon_cli.errors import usage
-from recon_cli.runlog import RunLog, sha256_of, write_json
+from recon_cli.output import NOTHING_SAVED, Batches, Saved
+from recon_cli.runlog import RunLog, sha256_of, versions, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,11 +24,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from inverse.measurement import Measurement
+    from inverse.posterior import Method
     from inverse.priors import NetworkPrior
 
     Volume = NDArray[np.float32]
 
-__all__ = ["Outcome", "Recipe", "Task", "check_method", "choose_prior", "execute", "show"]
+__all__ = [
+    "Outcome",
+    "Recipe",
+    "Task",
+    "check_method",
+    "choose_prior",
+    "evaluate",
+    "execute",
+    "pick_device",
+    "show",
+]
 
 Kind = Literal["ct", "mri", "inpaint"]
 METRICS = ("psnr", "ssim", "nrmse")
@@ -96,15 +110,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to reconstruct; ``None`` leaves the method's default."""
+    """How to reconstruct; ``None`` leaves the method's default, as does an option not given."""
 
     prior: NetworkPrior
-    method: str = "dds"
+    method: str = "pnp_admm"
     steps: int | None = None
     samples: int = 1
     seed: int = 0
     batch: int = 8
     device: str = "cpu"
+    options: Mapping[str, Any] = field(default_factory=dict)
     tv_weight: float | None = None
     tv: bool = True
 
@@ -139,8 +154,8 @@ class Outcome:
         return "recon" if self.name == "prior" else f"baseline-{self.name}"
 
 
-def check_method(name: str) -> None:
-    """Refuse an unknown method as a usage error.
+def check_method(name: str) -> Method:
+    """The method of a name; an unknown one is a usage error.
 
     Raises:
         typer.BadParameter: with the names that exist.
@@ -149,6 +164,7 @@ def check_method(name: str) -> None:
 
     if name not in METHODS:
         raise usage(f"no method '{name}'; there are {', '.join(METHODS)} ('recon methods')")
+    return METHODS[name]
 
 
 def choose_prior(name: str | None, modality: str) -> NetworkPrior:
@@ -232,6 +248,19 @@ def _direct(task: Task, run: RunLog) -> Outcome:
         return _baseline(task, "cgls", "CGLS", cgls)
 
 
+def _mri(task: Task, sparse: bool) -> list[Outcome]:
+    """What is usual for k-space beyond zero filling: coils by CG-SENSE, sparsity by wavelets."""
+    from inverse.classical import cg_sense, l1_wavelet
+    from inverse.operators.mri import CartesianMRI
+
+    found = []
+    if not isinstance(task.measurement.operator, CartesianMRI):  # there it is zero filling
+        found.append(_baseline(task, "cg-sense", "CG-SENSE", cg_sense))
+    if sparse:
+        found.append(_baseline(task, "l1-wavelet", "L1-wavelet", l1_wavelet))
+    return found
+
+
 def _tv(task: Task, weight: float | None, run: RunLog) -> Outcome:
     from inverse.classical import tv
 
@@ -251,7 +280,7 @@ def _tv(task: Task, weight: float | None, run: RunLog) -> Outcome:
     return Outcome("tv", "TV", task.image(result.x), chi2, seconds, settings=settings)
 
 
-def _sample(task: Task, recipe: Recipe, run: RunLog) -> Outcome:
+def _sample(task: Task, recipe: Recipe, run: RunLog, saved: Batches | None = None) -> Outcome:
     from inverse.reconstruct import reconstruct
 
     n = len(task.measurement)
@@ -267,11 +296,12 @@ def _sample(task: Task, recipe: Recipe, run: RunLog) -> Outcome:
             batch=recipe.batch,
             device=recipe.device,
             callback=advance,
+            options=recipe.options,
+            positions=task.slices,
+            saved=saved,
         )
     if result.status != "ok":
         run.warn("RECONSTRUCTION", result.status)
-    if recipe.samples == 1:
-        run.warn("NO_STD", "one sample a slice, so no std map; give --samples 8 for one")
     run.settings["reconstruction"] = dict(result.settings) | {
         "operator_calls": result.operator_calls,
         "status": result.status,
@@ -355,12 +385,17 @@ def _judge(task: Task, outcomes: Sequence[Outcome], run: RunLog) -> dict[str, An
     return result
 
 
+def evaluate(task: Task, recipe: Recipe, run: RunLog) -> dict[str, Any]:
+    """The prior's reconstruction judged as in ``metrics.json``; nothing is written."""
+    return _judge(task, [_sample(task, recipe, run)], run)
+
+
 # --- writing -----------------------------------------------------------------------------------
 
 
 def _write_dicom(task: Task, outcomes: Sequence[Outcome], folder: Path, run: RunLog) -> None:
     """One derived series an outcome; the truth too, as the reference of the report."""
-    from inverse.io.dicom import Derivation, write_series
+    from inverse.io.series import Derivation, write_series
 
     prior = run.prior or {}
     described = f"{task.label}; {task.origin}"
@@ -392,6 +427,7 @@ def _write_dicom(task: Task, outcomes: Sequence[Outcome], folder: Path, run: Run
             series_number=number,
             synthetic=task.simulated or generative,
             unit=task.unit,
+            created=run.started.astimezone(),
         )
         if written.saturated:
             run.warn(
@@ -414,8 +450,64 @@ def _write_dicom(task: Task, outcomes: Sequence[Outcome], folder: Path, run: Run
         write("truth", task.image(task.truth), "Reference on this grid", 9060, {})
 
 
-def execute(task: Task, recipe: Recipe, folder: Path, run: RunLog) -> dict[str, Any]:
+def _manifest(task: Task, recipe: Recipe, run: RunLog) -> dict[str, Any]:
+    """Everything that the bits of the result depend on."""
+    digest = hashlib.sha256()
+    for tensor in (task.measurement.data, task.measurement.noise, task.truth):
+        if tensor is not None:
+            digest.update(str(tensor.shape).encode() + tensor.numpy().tobytes())
+    telling = ("out", "overwrite", "resume", "limits", "prior", "device")
+    return {
+        "command": run.command,
+        **{f"--{name}": v for name, v in run.options.items() if name not in telling},
+        "device": recipe.device,
+        "inputs": run.inputs,
+        "measured data": digest.hexdigest(),
+        "platform": platform.platform(),
+        "prior": recipe.prior.card.sha256,
+        "threads": run.settings["threads"],
+        "versions": versions(),
+    }
+
+
+def _kept(
+    saved: Saved, name: str, run: RunLog, compute: Callable[[], list[Outcome]]
+) -> list[Outcome]:
+    """Baselines, computed once in the life of a run that is continued."""
+    piece = saved.get(name)
+    if piece is not None:
+        arrays, meta = piece
+        run.notes([(w["code"], w["text"]) for w in meta["warnings"]])
+        run.settings |= meta["settings"]
+        return [
+            Outcome(volume=arrays[f"volume{i}"], chi2=arrays[f"chi2{i}"], **rest)
+            for i, rest in enumerate(meta["outcomes"])
+        ]
+    warned, known = len(run.warnings), set(run.settings)
+    outcomes = compute()
+    arrays = {f"volume{i}": o.volume for i, o in enumerate(outcomes)}
+    arrays |= {f"chi2{i}": o.chi2 for i, o in enumerate(outcomes)}
+    fields = ("name", "title", "seconds", "settings")
+    meta = {
+        "warnings": run.warnings[warned:],
+        "settings": {k: v for k, v in run.settings.items() if k not in known},
+        "outcomes": [{f: getattr(o, f) for f in fields} for o in outcomes],
+    }
+    saved.put(name, arrays, plain_json(meta))
+    return outcomes
+
+
+def execute(
+    task: Task, recipe: Recipe, folder: Path, run: RunLog, saved: Saved = NOTHING_SAVED
+) -> dict[str, Any]:
     """Reconstruct, judge and write everything into ``folder``.
+
+    Args:
+        task: what to reconstruct.
+        recipe: how.
+        folder: where the output goes.
+        run: log of the run.
+        saved: finished pieces, of a run that continues.
 
     Returns:
         The content of ``metrics.json``.
@@ -430,13 +522,18 @@ def execute(task: Task, recipe: Recipe, folder: Path, run: RunLog) -> dict[str, 
     run.seed, run.device, run.simulation = recipe.seed, recipe.device, task.simulated
     run.settings |= {"label": task.label, "slices": list(task.slices), "phantom": task.phantom}
     run.settings["threads"] = torch.get_num_threads()
-    outcomes = []
+    run.resumed = len(saved) > 0
+    run.started = saved.agree(_manifest(task, recipe, run), run.started)
     with run.phase("baselines"), torch.inference_mode():
-        outcomes.append(_direct(task, run))
+        outcomes = _kept(saved, "direct", run, lambda: [_direct(task, run)])
+        if task.kind == "mri" and task.measurement.operator.dtype.is_complex:
+            outcomes += _kept(saved, "mri", run, lambda: _mri(task, recipe.tv))
         if recipe.tv:
-            outcomes.append(_tv(task, recipe.tv_weight, run))
+            outcomes += _kept(saved, "tv", run, lambda: [_tv(task, recipe.tv_weight, run)])
     with run.phase("prior"):
-        outcomes.append(_sample(task, recipe, run))
+        outcomes.append(_sample(task, recipe, run, Batches(saved)))
+    if recipe.samples == 1:
+        run.warn("NO_STD", "one sample a slice, so no std map; give --samples 8 for one")
     with run.phase("metrics"):
         metrics = _judge(task, outcomes, run)
     with run.phase("write"):

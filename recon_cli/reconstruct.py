@@ -10,9 +10,18 @@ import typer
 
 from recon_cli import options as o
 from recon_cli.options import command
-from recon_cli.output import output_folder
-from recon_cli.pipeline import Recipe, Task, check_method, choose_prior, execute, pick_device, show
+from recon_cli.output import working_folder
+from recon_cli.pipeline import (
+    Recipe,
+    Task,
+    check_method,
+    choose_prior,
+    execute,
+    pick_device,
+    show,
+)
 from recon_cli.runlog import RunLog, sha256_of
+from recon_cli.scans import Limits, bytes_of
 
 if TYPE_CHECKING:
     from inverse.io.measurement_file import MeasurementFile
@@ -74,12 +83,12 @@ def _headers(file: MeasurementFile, identity: str) -> list[bytes]:
         return list(read_series(Path(folder) / "headers").templates)
 
 
-def _task(path: Path, run: RunLog) -> Task:
+def _task(path: Path, run: RunLog, max_bytes: int) -> Task:
     from inverse.errors import InputError
     from inverse.io.measurement_file import read_measurement
 
     with run.phase("read"):
-        file = read_measurement(path)
+        file = read_measurement(path, max_bytes=max_bytes)
         run.inputs["measurement"] = sha256_of(path)
     provenance = dict(file.measurement.provenance)
     run.settings["measurement"] = provenance
@@ -98,7 +107,7 @@ def _task(path: Path, run: RunLog) -> Task:
         )
     count = len(file.measurement)
     slices = provenance.get("slices")
-    if not isinstance(slices, list) or len(slices) != count:
+    if not isinstance(slices, list) or [type(k) for k in slices] != [int] * count:
         slices = list(range(count))
     return Task(
         measurement=file.measurement,
@@ -119,27 +128,32 @@ def register(app: typer.Typer) -> None:
         examples="""
         recon reconstruct scan.h5 -o out
         recon reconstruct scan.h5 -o out --samples 8 --seed 1
+        recon reconstruct scan.h5 -o out --samples 8 --seed 1 --resume
         """,
     )
     def reconstruct(
         path: _Input,
         out: o.Out,
         prior: o.PriorName = None,
-        method: o.MethodName = "dds",
+        method: o.MethodName = "pnp_admm",
+        option: o.MethodOption = None,
         steps: o.Steps = None,
         samples: o.Samples = 1,
         batch: o.Batch = 8,
         device: o.Device = "auto",
         seed: o.Seed = 0,
+        limits: Limits = 4.0,
+        resume: o.Resume = False,
         overwrite: o.Overwrite = False,
         as_json: o.Json = False,
     ) -> None:
         """Reconstruct a measurement file, beside its direct classical image."""
-        check_method(method)
+        chosen = check_method(method)
+        options = o.read_options(chosen, option or [])
         run = RunLog("reconstruct", {path: "MEAS", out: "OUT"})
-        with output_folder(out, overwrite=overwrite, inputs=[path]) as folder:
+        with working_folder(out, overwrite=overwrite, inputs=[path], resume=resume) as work:
             device = pick_device(device)
-            task = _task(path, run)
+            task = _task(path, run, bytes_of(limits))
             recipe = Recipe(
                 prior=choose_prior(prior, task.measurement.modality),
                 method=method,
@@ -148,7 +162,8 @@ def register(app: typer.Typer) -> None:
                 seed=seed,
                 batch=batch,
                 device=device,
+                options=options,
                 tv=False,
             )
-            metrics = execute(task, recipe, folder, run)
+            metrics = execute(task, recipe, work.folder, run, work.saved)
         show(out, task, metrics, run, as_json)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,11 +17,13 @@ from typing import Any
 
 from recon_cli.console import log, plain_json
 
-__all__ = ["RunLog", "sha256_of", "versions", "write_json"]
+__all__ = ["RunLog", "nameless", "sha256_of", "sync", "versions", "write_json", "write_whole"]
 
 SCHEMA_VERSION = 1
 ARGV: list[str] = []
 """The arguments of the running command, as the shell gave them."""
+OPTIONS: dict[str, Any] = {}
+"""Its options with their values, from the command line, ``--config`` or defaults."""
 
 
 def versions() -> dict[str, str]:
@@ -40,6 +44,26 @@ def _file_hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def sync(path: Path) -> None:
+    """Have the system write a file, or the entries of a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is complete or absent, also after a loss of power."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    sync(path.parent)
+
+
 def sha256_of(path: Path) -> dict[str, Any]:
     """Hash of a file, or of a folder's files (contents only, so that names do not matter)."""
     if path.is_file():
@@ -51,9 +75,19 @@ def sha256_of(path: Path) -> dict[str, Any]:
     }
 
 
+def nameless(text: str) -> str:
+    """A value without what may tell patients: a path's last part, the hash of a UID.
+
+    Hashes are those of ``recon inspect``, which ``--series`` takes too.
+    """
+    if re.fullmatch(r"[0-2](\.\d+){2,}", text):
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return Path(text).name if "/" in text else text
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON with non-finite numbers as null."""
-    path.write_text(json.dumps(plain_json(value), indent=2) + "\n")
+    """Write JSON with non-finite numbers as null; the file is complete or absent."""
+    write_whole(path, (json.dumps(plain_json(value), indent=2) + "\n").encode())
 
 
 class RunLog:
@@ -68,6 +102,8 @@ class RunLog:
     def __init__(self, command: str, paths: Mapping[Path, str]) -> None:
         self.command = command
         self.started = datetime.now(UTC)
+        self.resumed = False
+        self.options = dict(OPTIONS)
         self.warnings: list[dict[str, str]] = []
         self.timings: dict[str, float] = {}
         self.settings: dict[str, Any] = {}
@@ -106,7 +142,7 @@ class RunLog:
                 if argument.startswith(prefix) and rest and Path(rest) == path:
                     return prefix + word
         option, equals, value = argument.rpartition("=")
-        return f"{option}{equals}{Path(value).name}" if "/" in value else argument
+        return f"{option}{equals}{nameless(value)}"
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``run.json``."""
@@ -114,7 +150,9 @@ class RunLog:
             "schema_version": SCHEMA_VERSION,
             "command": self.command,
             "argv": ["recon", *(self._argument(a) for a in ARGV)],
+            "options": self.options,
             "started": self.started.isoformat(timespec="seconds"),
+            "resumed": self.resumed,
             "retrospective_simulation": self.simulation,
             "versions": versions(),
             "platform": f"{platform.system()} {platform.machine()}",

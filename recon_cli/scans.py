@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import typer
 
 from recon_cli.console import log
 from recon_cli.options import parse_slices
@@ -14,31 +16,70 @@ from recon_cli.pipeline import Task
 from recon_cli.runlog import RunLog, sha256_of
 
 if TYPE_CHECKING:
-    from inverse.io.dicom import Series
+    from inverse.io.series import Series
     from inverse.operators.ct import FanBeam, ParallelBeam
+    from inverse.operators.patterns import MaskKind
     from phantoms.simulate import Simulation
 
-__all__ = ["CtScan", "InpaintScan", "MriScan", "Scan", "Selection", "read", "simulate"]
+__all__ = [
+    "CtScan",
+    "InpaintScan",
+    "Limits",
+    "MriScan",
+    "Scan",
+    "Selection",
+    "bytes_of",
+    "read",
+    "simulate",
+]
+
+Limits = Annotated[
+    float,
+    typer.Option(
+        "--limits",
+        metavar="GIB",
+        min=0.001,
+        help="Refuse input that claims more memory than this, before it is decoded.",
+    ),
+]
+
+
+# what the images must be; inpainting takes both
+_MODALITY: dict[str, Literal["CT", "MR"]] = {"ct": "CT", "mri": "MR"}
+
+
+def bytes_of(gib: float) -> int:
+    """A limit in bytes."""
+    return int(gib * 2**30)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which images."""
+    """Which images; ``limits`` in GiB."""
 
     path: Path
     series: str | None = None
     stack: str | None = None
     slices: str | None = None
+    limits: float = 4.0
 
 
 @dataclass(frozen=True)
 class CtScan:
-    """Sparse-view, limited-angle or low-dose CT; ``arc`` in degrees."""
+    """Sparse-view, limited-angle, truncated or low-dose CT, with metal or without.
+
+    ``arc`` is in degrees, ``electronic_noise`` in counts; ``metal`` is a number of rods.
+    """
 
     views: int
-    geometry: Literal["parallel", "fan"]
+    geometry: Literal["parallel", "fan", "fan-curved"]
     arc: float | None
+    short_scan: bool
+    detector: int | None
     photons: float
+    electronic_noise: float
+    kvp: float | None
+    metal: int
     matrix: int | None
 
     command: ClassVar = "ct"
@@ -46,33 +87,62 @@ class CtScan:
     @property
     def label(self) -> str:
         """In words."""
+        beam = "parallel-beam" if self.geometry == "parallel" else "fan-beam"
         arc = "" if self.arc is None else f" over {self.arc:g} degrees"
-        return f"{self.views}-view {self.geometry}-beam CT{arc}"
+        short = " short scan" if self.short_scan else ""
+        detector = "" if self.detector is None else f" on {self.detector} bins"
+        metal = " without the rays through metal" if self.metal else ""
+        return f"{self.views}-view {beam} CT{short}{arc}{detector}{metal}"
 
     def beam(self, matrix: int, pixel_mm: float) -> ParallelBeam | FanBeam:
-        """The geometry that covers a reconstruction grid."""
+        """The geometry that covers a reconstruction grid, unless the detector is cut.
+
+        Raises:
+            GeometryError: a short scan of parallel beams, or one with an arc of its own.
+        """
+        from inverse.errors import GeometryError
         from inverse.operators.ct import FanBeam, ParallelBeam
 
         shape = (matrix, matrix)
+        arc = None if self.arc is None else math.radians(self.arc)
+        beam: ParallelBeam | FanBeam
         if self.geometry == "parallel":
-            arc = math.radians(180.0 if self.arc is None else self.arc)
-            return ParallelBeam.sparse(self.views, shape, pixel_mm, arc)
-        arc = math.radians(360.0 if self.arc is None else self.arc)
-        return FanBeam.sparse(self.views, shape, pixel_mm, arc)
+            if self.short_scan:
+                raise GeometryError(
+                    "--short-scan is for fan beams, since parallel beams need a half turn only; "
+                    "use --arc, or --geometry fan"
+                )
+            beam = ParallelBeam.sparse(
+                self.views, shape, pixel_mm, math.pi if arc is None else arc
+            )
+        else:
+            curved = self.geometry == "fan-curved"
+            beam = FanBeam.sparse(
+                self.views, shape, pixel_mm, arc, curved=curved, short_scan=self.short_scan
+            )
+        return beam if self.detector is None else replace(beam, bins=self.detector)
 
     def run(self, images: Series, chosen: Sequence[int], seed: int) -> Simulation:
         """Simulate the chosen slices."""
+        from phantoms.beam import implants
         from phantoms.simulate import simulate_ct
 
         side = images.array.shape[-1]
         matrix = _matrix(self.matrix, images)
         pixel = images.spacing[1] * side / matrix
+        slices = images.array[chosen]
+        metal = None
+        if self.metal:
+            metal = implants(slices, images.spacing[1], self.metal, seed=seed)
         return simulate_ct(
-            images.array[chosen],
+            slices,
             images.spacing[1:],
             self.beam(matrix, pixel),
             matrix=matrix,
             photons=self.photons,
+            electronic_noise=self.electronic_noise,
+            metal=metal,
+            kvp=self.kvp,
             seed=seed,
             positions=chosen,
         )
@@ -80,11 +150,13 @@ class CtScan:
 
 @dataclass(frozen=True)
 class MriScan:
-    """Cartesian undersampling of single-coil k-space."""
+    """Undersampled k-space of one coil or several."""
 
     acceleration: float
-    mask: Literal["uniform1d", "random1d", "gaussian1d", "gaussian2d"]
+    mask: MaskKind
     centre: float
+    trajectory: Literal["cartesian", "radial", "spiral"]
+    coils: int
     noise: float
 
     command: ClassVar = "mri"
@@ -92,7 +164,9 @@ class MriScan:
     @property
     def label(self) -> str:
         """In words."""
-        return f"{self.acceleration:g}-fold undersampled MRI"
+        path = "" if self.trajectory == "cartesian" else f" {self.trajectory}"
+        coils = "" if self.coils == 1 else f" by {self.coils} coils"
+        return f"{self.acceleration:g}-fold undersampled{path} MRI{coils}"
 
     def run(self, images: Series, chosen: Sequence[int], seed: int) -> Simulation:
         """Simulate the chosen slices."""
@@ -104,6 +178,8 @@ class MriScan:
             acceleration=self.acceleration,
             kind=self.mask,
             centre_fraction=self.centre,
+            trajectory=self.trajectory,
+            coils=self.coils,
             noise=self.noise,
             seed=seed,
             positions=chosen,
@@ -169,13 +245,20 @@ def read(selection: Selection, command: str, run: RunLog) -> tuple[Series, list[
         InputError: images of another modality than the scan's, or no slice left.
     """
     from inverse.errors import InputError
-    from inverse.io.dicom import read_series
+    from inverse.io.series import read_series
 
     log(f"reading {selection.path}")
+    told = _MODALITY.get(command)
     with run.phase("read"):
-        images = read_series(selection.path, selection.series, selection.stack)
+        images = read_series(
+            selection.path,
+            selection.series,
+            selection.stack,
+            modality=told,
+            max_bytes=bytes_of(selection.limits),
+        )
         run.inputs["images"] = sha256_of(selection.path)
-    wanted = {"ct": "CT", "mri": "MR"}.get(command, images.modality)
+    wanted = told or images.modality
     if images.modality != wanted:
         right = "mri" if images.modality == "MR" else "ct"
         raise InputError(

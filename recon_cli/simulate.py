@@ -13,10 +13,19 @@ from recon_cli.console import log, print_json
 from recon_cli.options import command
 from recon_cli.output import check_file
 from recon_cli.runlog import RunLog, sha256_of
-from recon_cli.scans import CtScan, InpaintScan, MriScan, Scan, Selection, read, simulate
+from recon_cli.scans import (
+    CtScan,
+    InpaintScan,
+    Limits,
+    MriScan,
+    Scan,
+    Selection,
+    read,
+    simulate,
+)
 
 if TYPE_CHECKING:
-    from inverse.io.dicom import Series
+    from inverse.io.series import Series
 
 
 def _heights(images: Series, chosen: list[int]) -> list[float]:
@@ -81,6 +90,7 @@ def register(app: typer.Typer) -> None:
         examples="""
         recon simulate ct CT_FOLDER -o scan.h5 --views 23
         recon simulate ct CT_FOLDER -o low-dose.h5 --views 180 --photons 5e3
+        recon simulate ct CT_FOLDER -o metal.h5 --views 180 --metal 2 --kvp 120
         """,
     )
     def ct(
@@ -89,37 +99,68 @@ def register(app: typer.Typer) -> None:
         views: o.Views = 23,
         geometry: o.GeometryName = "parallel",
         arc: o.Arc = None,
+        short_scan: o.ShortScan = False,
+        detector: o.Detector = None,
         photons: o.Photons = 1e5,
+        electronic_noise: o.ElectronicNoise = 0.0,
+        kvp: o.Kvp = None,
+        metal: o.Metal = 0,
         matrix: o.Matrix = None,
         seed: o.Seed = 0,
         slices: o.Slices = None,
         series: o.SeriesName = None,
         stack: o.StackName = None,
+        limits: Limits = 4.0,
         overwrite: o.Overwrite = False,
         as_json: o.Json = False,
     ) -> None:
-        """Sparse-view, limited-angle or low-dose CT."""
-        scan = CtScan(views, geometry, arc, photons, matrix)
-        _simulate(scan, Selection(path, series, stack, slices), out, seed, overwrite, as_json)
+        """Sparse-view, limited-angle, truncated or low-dose CT, with metal or without."""
+        scan = CtScan(
+            views,
+            geometry,
+            arc,
+            short_scan,
+            detector,
+            photons,
+            electronic_noise,
+            kvp,
+            metal,
+            matrix,
+        )
+        _simulate(
+            scan, Selection(path, series, stack, slices, limits), out, seed, overwrite, as_json
+        )
 
-    @command(group, "mri", examples="recon simulate mri MR_FOLDER -o scan.h5 --acceleration 8")
+    @command(
+        group,
+        "mri",
+        examples="""
+        recon simulate mri MR_FOLDER -o scan.h5 --acceleration 4
+        recon simulate mri MR_FOLDER -o scan.h5 --coils 8 --acceleration 8 --mask poisson
+        """,
+    )
     def mri(
         path: o.Input,
         out: o.OutFile,
         acceleration: o.Acceleration = 4.0,
         mask: o.MaskName = "gaussian1d",
         centre: o.Centre = 0.08,
+        trajectory: o.TrajectoryName = "cartesian",
+        coils: o.Coils = 1,
         noise: o.NoiseLevel = 0.01,
         seed: o.Seed = 0,
         slices: o.Slices = None,
         series: o.SeriesName = None,
         stack: o.StackName = None,
+        limits: Limits = 4.0,
         overwrite: o.Overwrite = False,
         as_json: o.Json = False,
     ) -> None:
-        """Undersampled single-coil MRI."""
-        scan = MriScan(acceleration, mask, centre, noise)
-        _simulate(scan, Selection(path, series, stack, slices), out, seed, overwrite, as_json)
+        """Undersampled MRI by one coil or several."""
+        scan = MriScan(acceleration, mask, centre, trajectory, coils, noise)
+        _simulate(
+            scan, Selection(path, series, stack, slices, limits), out, seed, overwrite, as_json
+        )
 
     @command(group, "inpaint", examples="recon simulate inpaint CT_FOLDER -o holes.h5 --hole 0.2")
     def inpaint(
@@ -133,9 +174,12 @@ def register(app: typer.Typer) -> None:
         slices: o.Slices = None,
         series: o.SeriesName = None,
         stack: o.StackName = None,
+        limits: Limits = 4.0,
         overwrite: o.Overwrite = False,
         as_json: o.Json = False,
     ) -> None:
         """Missing pixels."""
         scan = InpaintScan(hole, hole_kind, noise, matrix)
-        _simulate(scan, Selection(path, series, stack, slices), out, seed, overwrite, as_json)
+        _simulate(
+            scan, Selection(path, series, stack, slices, limits), out, seed, overwrite, as_json
+        )

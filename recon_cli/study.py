@@ -8,10 +8,26 @@ import typer
 
 from recon_cli import options as o
 from recon_cli.options import command
-from recon_cli.output import output_folder
-from recon_cli.pipeline import Recipe, check_method, choose_prior, execute, pick_device, show
+from recon_cli.output import working_folder
+from recon_cli.pipeline import (
+    Recipe,
+    check_method,
+    choose_prior,
+    execute,
+    pick_device,
+    show,
+)
 from recon_cli.runlog import RunLog
-from recon_cli.scans import CtScan, InpaintScan, MriScan, Scan, Selection, read, simulate
+from recon_cli.scans import (
+    CtScan,
+    InpaintScan,
+    Limits,
+    MriScan,
+    Scan,
+    Selection,
+    read,
+    simulate,
+)
 
 
 def _study(
@@ -21,6 +37,7 @@ def _study(
     *,
     prior: str | None,
     method: str,
+    option: list[str] | None,
     steps: int | None,
     samples: int,
     seed: int,
@@ -28,12 +45,14 @@ def _study(
     device: str,
     tv: bool,
     tv_weight: float | None,
+    resume: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    check_method(method)
+    row = check_method(method)
+    options = o.read_options(row, option or [])
     run = RunLog(f"study {scan.command}", {selection.path: "IN", out: "OUT"})
-    with output_folder(out, overwrite=overwrite, inputs=[selection.path]) as folder:
+    with working_folder(out, overwrite=overwrite, inputs=[selection.path], resume=resume) as work:
         device = pick_device(device)
         images, chosen = read(selection, scan.command, run)
         recipe = Recipe(
@@ -44,12 +63,13 @@ def _study(
             seed=seed,
             batch=batch,
             device=device,
+            options=options,
             tv=tv,
             tv_weight=tv_weight,
         )
         task = simulate(scan, images, chosen, seed, run)
         del images  # the whole series; the task holds what is needed
-        metrics = execute(task, recipe, folder, run)
+        metrics = execute(task, recipe, work.folder, run, work.saved)
     show(out, task, metrics, run, as_json)
 
 
@@ -70,6 +90,8 @@ def register(app: typer.Typer) -> None:
         recon study ct CT_FOLDER -o out --views 23
         recon study ct CT_FOLDER -o out --views 60 --arc 120 --slices 10:50:4
         recon study ct CT_FOLDER -o out --geometry fan --views 64 --photons 2e4 --samples 8
+        recon study ct CT_FOLDER -o out --views 180 --metal 2 --kvp 120
+        recon study ct CT_FOLDER -o out --method dds --option weight=4 --option eta=0.85
         """,
     )
     def ct(
@@ -78,10 +100,16 @@ def register(app: typer.Typer) -> None:
         views: o.Views = 23,
         geometry: o.GeometryName = "parallel",
         arc: o.Arc = None,
+        short_scan: o.ShortScan = False,
+        detector: o.Detector = None,
         photons: o.Photons = 1e5,
+        electronic_noise: o.ElectronicNoise = 0.0,
+        kvp: o.Kvp = None,
+        metal: o.Metal = 0,
         matrix: o.Matrix = None,
         prior: o.PriorName = None,
-        method: o.MethodName = "dds",
+        method: o.MethodName = "pnp_admm",
+        option: o.MethodOption = None,
         steps: o.Steps = None,
         samples: o.Samples = 1,
         batch: o.Batch = 8,
@@ -92,16 +120,30 @@ def register(app: typer.Typer) -> None:
         slices: o.Slices = None,
         series: o.SeriesName = None,
         stack: o.StackName = None,
+        limits: Limits = 4.0,
+        resume: o.Resume = False,
         overwrite: o.Overwrite = False,
         as_json: o.Json = False,
     ) -> None:
-        """Sparse-view, limited-angle or low-dose CT from a CT series."""
+        """Sparse-view, limited-angle, truncated or low-dose CT, with metal or without."""
         _study(
-            CtScan(views, geometry, arc, photons, matrix),
-            Selection(path, series, stack, slices),
+            CtScan(
+                views,
+                geometry,
+                arc,
+                short_scan,
+                detector,
+                photons,
+                electronic_noise,
+                kvp,
+                metal,
+                matrix,
+            ),
+            Selection(path, series, stack, slices, limits),
             out,
             prior=prior,
             method=method,
+            option=option,
             steps=steps,
             samples=samples,
             seed=seed,
@@ -109,6 +151,7 @@ def register(app: typer.Typer) -> None:
             device=device,
             tv=tv,
             tv_weight=tv_weight,
+            resume=resume,
             overwrite=overwrite,
             as_json=as_json,
         )
@@ -124,9 +167,12 @@ def register(app: typer.Typer) -> None:
         acceleration: o.Acceleration = 4.0,
         mask: o.MaskName = "gaussian1d",
         centre: o.Centre = 0.08,
+        trajectory: o.TrajectoryName = "cartesian",
+        coils: o.Coils = 1,
         noise: o.NoiseLevel = 0.01,
         prior: o.PriorName = None,
-        method: o.MethodName = "dds",
+        method: o.MethodName = "pnp_admm",
+        option: o.MethodOption = None,
         steps: o.Steps = None,
         samples: o.Samples = 1,
         batch: o.Batch = 8,
@@ -137,16 +183,19 @@ def register(app: typer.Typer) -> None:
         slices: o.Slices = None,
         series: o.SeriesName = None,
         stack: o.StackName = None,
+        limits: Limits = 4.0,
+        resume: o.Resume = False,
         overwrite: o.Overwrite = False,
         as_json: o.Json = False,
     ) -> None:
-        """Undersampled single-coil MRI from an MR series."""
+        """Undersampled MRI by one coil or several from an MR series."""
         _study(
-            MriScan(acceleration, mask, centre, noise),
-            Selection(path, series, stack, slices),
+            MriScan(acceleration, mask, centre, trajectory, coils, noise),
+            Selection(path, series, stack, slices, limits),
             out,
             prior=prior,
             method=method,
+            option=option,
             steps=steps,
             samples=samples,
             seed=seed,
@@ -154,6 +203,7 @@ def register(app: typer.Typer) -> None:
             device=device,
             tv=tv,
             tv_weight=tv_weight,
+            resume=resume,
             overwrite=overwrite,
             as_json=as_json,
         )
@@ -167,7 +217,8 @@ def register(app: typer.Typer) -> None:
         noise: o.NoiseLevel = 0.01,
         matrix: o.Matrix = None,
         prior: o.PriorName = None,
-        method: o.MethodName = "dds",
+        method: o.MethodName = "pnp_admm",
+        option: o.MethodOption = None,
         steps: o.Steps = None,
         samples: o.Samples = 1,
         batch: o.Batch = 8,
@@ -178,16 +229,19 @@ def register(app: typer.Typer) -> None:
         slices: o.Slices = None,
         series: o.SeriesName = None,
         stack: o.StackName = None,
+        limits: Limits = 4.0,
+        resume: o.Resume = False,
         overwrite: o.Overwrite = False,
         as_json: o.Json = False,
     ) -> None:
         """Missing pixels of a CT or MR series."""
         _study(
             InpaintScan(hole, hole_kind, noise, matrix),
-            Selection(path, series, stack, slices),
+            Selection(path, series, stack, slices, limits),
             out,
             prior=prior,
             method=method,
+            option=option,
             steps=steps,
             samples=samples,
             seed=seed,
@@ -195,6 +249,7 @@ def register(app: typer.Typer) -> None:
             device=device,
             tv=tv,
             tv_weight=tv_weight,
+            resume=resume,
             overwrite=overwrite,
             as_json=as_json,
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from recon_cli import runlog
 from recon_cli.console import VERBOSITY, log, print_json
@@ -75,6 +77,38 @@ def _describe(source: _Source, images: ImageSet, licence: str, citation: str) ->
     }
 
 
+class _ListsObjectives(TyperCommand):
+    """The command whose help lists the objectives; they are imported when it is asked for."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The usual help, with one line an objective at its end."""
+        from inverse.training.objectives import OBJECTIVES
+
+        lines = [
+            f"[bold]{name}[/bold]  {entry.title} ({entry.reference}); network calls "
+            f"{entry.calls}, backward passes {entry.backward}"
+            + ("; energy network" if entry.network == "energy" else "")
+            + ("; whole images" if entry.whole else "")
+            + (f"; at most {entry.limit} pixels" if entry.limit else "")
+            for name, entry in OBJECTIVES.items()
+        ]
+        head = (
+            "[bold]Objectives[/bold], with the cost of a step (d pixels, k Langevin steps; an "
+            "energy network takes one more backward pass a denoiser call)"
+        )
+        self.epilog = "\n\n".join([head, *lines, self.epilog or ""])
+        super().format_help(ctx, formatter)
+
+
+def _known(objective: str) -> str:
+    """An objective of the table."""
+    from inverse.training.objectives import OBJECTIVES
+
+    if objective not in OBJECTIVES:
+        raise usage(f"--objective '{objective}' is not one of {', '.join(OBJECTIVES)}")
+    return objective
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
 
@@ -86,7 +120,10 @@ def register(app: typer.Typer) -> None:
         recon train --modality ct -o p.safetensors --data fine.npz:0.55 --data coarse.npz:0.2
         recon train --modality ct -o p.safetensors --data a.npz --select collection=A,B
         recon train --modality ct -o p.safetensors --data a.npz --validation-data b.npz
+        recon train --modality ct -o e.safetensors --data a.npz --network energy
+        recon train --modality ct -o s.safetensors --data a.npz --objective ssm-vr
         """,
+        cls=_ListsObjectives,
     )
     def train(
         data: Annotated[
@@ -148,6 +185,19 @@ def register(app: typer.Typer) -> None:
             float,
             typer.Option(min=0.001, help="How often phantoms are drawn.", rich_help_panel=_DATA),
         ] = 0.25,
+        objective: Annotated[
+            str,
+            typer.Option(
+                metavar="NAME", help="What is minimised; listed below.", rich_help_panel=_NET
+            ),
+        ] = "dsm",
+        network: Annotated[
+            Literal["score", "energy"],
+            typer.Option(
+                help="A denoiser, or an energy whose gradient is the score (twice the cost).",
+                rich_help_panel=_NET,
+            ),
+        ] = "score",
         steps: Annotated[
             int, typer.Option(min=1, help="Optimiser steps.", rich_help_panel=_NET)
         ] = 10_000,
@@ -184,6 +234,25 @@ def register(app: typer.Typer) -> None:
             int,
             typer.Option(min=16, help="Side of the crops of most steps.", rich_help_panel=_NET),
         ] = 128,
+        whole: Annotated[
+            float,
+            typer.Option(
+                min=0, max=1, help="Share of steps on whole images.", rich_help_panel=_NET
+            ),
+        ] = 0.25,
+        whole_from: Annotated[
+            float,
+            typer.Option(
+                min=0,
+                max=1,
+                help="Share of the run after which all steps are on whole images.",
+                rich_help_panel=_NET,
+            ),
+        ] = 0.8,
+        shift_mm: Annotated[
+            float,
+            typer.Option(min=0, help="Largest random shift, mm.", rich_help_panel=_DATA),
+        ] = 15.0,
         batch: Annotated[
             int, typer.Option(min=1, help="Crops a step.", rich_help_panel=_NET)
         ] = 16,
@@ -233,7 +302,7 @@ def register(app: typer.Typer) -> None:
         ] = False,
         as_json: Json = False,
     ) -> None:
-        """Train a prior by denoising score matching; resumable, patient-wise validation."""
+        """Train a prior, by default by denoising score matching; resumable, patient-wise."""
         sources = [_source(text) for text in data]
         wanted, held_rows = _selection(select or []), _selection(validation_select or [])
         shape = _widths(widths)
@@ -242,6 +311,7 @@ def register(app: typer.Typer) -> None:
             raise usage("--validation-select needs --validation-data")
         if phantoms and modality != "ct":
             raise usage("--phantoms are CT images; leave them out for --modality mr")
+        objective = _known(objective)
         check_file(out, overwrite)
 
         from inverse.errors import CheckpointError
@@ -264,6 +334,8 @@ def register(app: typer.Typer) -> None:
             log(f"{source.path.name}: {len(sets[-1])} slices, {len(sets[-1].patients)} patients")
         if validation_data is not None:
             held = load_images(validation_data, kind, select=held_rows)
+            out_of_training = set(held.patients)
+            sets = [s.where([p not in out_of_training for p in s.patient]) for s in sets]
         else:
             sets, held = _split(sets, seed, split_by_patient)
         described = [
@@ -301,18 +373,27 @@ def register(app: typer.Typer) -> None:
             limits=tuple(limits or ()),
         )
         config = TrainConfig(
-            steps=steps, batch=batch, crop=crop, lr=learning_rate, seed=seed, bfloat16=bfloat16
+            steps=steps,
+            objective=objective,
+            network=network,
+            batch=batch,
+            crop=crop,
+            whole=whole,
+            whole_from=whole_from,
+            lr=learning_rate,
+            seed=seed,
+            bfloat16=bfloat16,
         )
         with _Progress() as watch:
             done = fit(
                 sets,
                 held,
-                NetworkConfig(widths=shape),
+                NetworkConfig(widths=shape, pixel_mm=round(math.sqrt(low * high), 2)),
                 config,
                 card,
                 run or out.with_suffix(".run"),
                 out,
-                augmentation=Augmentation(size=size, pixel_mm=(low, high)),
+                augmentation=Augmentation(size=size, pixel_mm=(low, high), shift_mm=shift_mm),
                 device=device,
                 minutes=minutes,
                 callback=watch,

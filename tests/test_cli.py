@@ -203,13 +203,29 @@ def test_study_mri(root: Path, tmp_path: Path) -> None:
     where = quick(root, out, "--prior", root / "mr.safetensors", "--samples", 2)
     assert recon("study", "mri", root / "mr", *where, "--acceleration", 2) == 0
     metrics = load(out / "metrics.json")
-    assert set(metrics["methods"]) == {"zero-filled", "tv", "prior"}
+    assert set(metrics["methods"]) == {"zero-filled", "l1-wavelet", "tv", "prior"}
     assert metrics["unit"] == "signal"
     assert metrics["methods"]["zero-filled"]["psnr"]["mean"] > 20
     source = read_series(root / "mr")
     slope = load(out / "run.json")["outputs"]["truth"]["slope"]
     truth = read_series(out / "truth").array * slope
     np.testing.assert_allclose(truth, source.array, atol=slope)
+
+
+def test_study_mri_of_several_coils(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    where = quick(root, out, "--prior", root / "mr.safetensors", "--slices", 0, "--no-tv")
+    scan = ["--coils", 4, "--acceleration", 3, "--mask", "poisson", "--centre", 0.3]
+    assert recon("study", "mri", root / "mr", *where, *scan) == 0
+    metrics = load(out / "metrics.json")
+    assert set(metrics["methods"]) == {"zero-filled", "cg-sense", "prior"}
+    psnr = {name: row["psnr"]["mean"] for name, row in metrics["methods"].items()}
+    assert psnr["cg-sense"] > psnr["zero-filled"] + 1
+    settings = load(out / "run.json")["settings"]
+    assert settings["simulation"]["coils"] == 4
+    assert settings["reconstruction"]["phase"] == "estimated"
+    narrow = ["--coils", 4, "--acceleration", 4, "--mask", "uniform1d", "--centre", 0.05]
+    assert recon("study", "mri", root / "mr", *where, "--overwrite", *narrow) == 4
 
 
 def test_study_inpaint_is_judged_in_the_hole(root: Path, tmp_path: Path) -> None:
@@ -345,6 +361,7 @@ def test_methods_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert recon("methods", "--json") == 0
     methods = json.loads(capsys.readouterr().out)
     assert methods["dds"]["network_calls"] == 40
+    assert methods["pnp_admm"]["network_calls"] == 20
     assert recon("methods") == 0
     assert "Decomposed diffusion sampling" in capsys.readouterr().out
     assert recon("doctor", "--json") == 0

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import logging
 import os
 import shutil
 import struct
+import subprocess
+import sys
+import time
 import traceback
 import warnings
 import zipfile
+import zlib
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
+from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
+from test_dicom_enhanced import enhanced
 
 from inverse.errors import (
     InputError,
@@ -26,7 +34,8 @@ from inverse.errors import (
     ResourceError,
     UnsupportedError,
 )
-from inverse.io.dicom import inspect, read_series
+from inverse.io import dicom_headers
+from inverse.io.dicom import Derivation, inspect, read_series, write_series
 from inverse.io.dicom_files import guarded
 from phantoms.series import write_phantom_series
 
@@ -311,7 +320,21 @@ def test_localizer_is_dropped_with_a_warning(folder):
     edit(extra, setter(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"], SOPInstanceUID="1.2.3"))
     s = read_series(folder)
     np.testing.assert_array_equal(s.array, body())
-    assert "LOCALIZER_DROPPED" in codes(s.warnings)
+    assert [n.text for n in s.warnings] == ["1 localizer images were left out"]
+
+
+def test_dicomdir_is_skipped_and_its_neighbours_are_found_by_content(folder):
+    """Files of a medium have no extension; the directory is counted, not believed."""
+    for k, path in enumerate(sorted(folder.iterdir())):
+        path.rename(folder / f"IM{k}")
+    ds = pydicom.Dataset()
+    ds.SOPClassUID, ds.SOPInstanceUID = "1.2.840.10008.1.3.10", "1.2.3"
+    ds.FileSetID = "DISK"
+    ds.file_meta = pydicom.dataset.FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    ds.save_as(folder / "DICOMDIR", enforce_file_format=True)
+    assert inspect(folder).skipped == {"DICOMDIR": 1}
+    np.testing.assert_array_equal(read_series(folder).array, body())
 
 
 # --- what is refused ---------------------------------------------------------------------------
@@ -637,3 +660,185 @@ def test_real_series(shared_data, name, shape, spacing):
     s = read_series(shared_data / name)
     assert s.array.shape == shape
     assert s.spacing == pytest.approx(spacing, abs=1e-3)
+
+
+# --- many files, hostile files -----------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_thousand_slices_are_inspected_without_their_pixels(tmp_path, monkeypatch, capsys):
+    for k in range(4):
+        volume = np.zeros((500, 8, 8), np.float32)
+        write_phantom_series(tmp_path / f"{k}", volume, SPACING, seed=k)
+    real = dicom_headers.open_dicom
+
+    def no_pixels(source, *, pixels):
+        assert not pixels
+        return real(source, pixels=pixels)
+
+    monkeypatch.setattr(dicom_headers, "open_dicom", no_pixels)
+    start = time.monotonic()
+    found = inspect(tmp_path)
+    with capsys.disabled():
+        print(  # noqa: T201 - the figure is the point
+            f"\n2000 slices inspected in {time.monotonic() - start:.1f} s"
+        )
+    assert [s.slices for s in found.stacks] == [500] * 4
+
+
+def limited(*paths: Path, memory: int = 2 << 30) -> tuple[list[str], int]:
+    """Read files in one process of bounded memory: what came of each, and its growth in MiB."""
+    program = (
+        "import resource, sys\n"
+        f"resource.setrlimit(resource.RLIMIT_AS, ({memory}, {memory}))\n"
+        "from inverse.errors import ReconError\n"
+        "from inverse.io.series import read_series\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10\n"
+        "before = peak()\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: print(read_series(path, modality='MR').array.shape)\n"
+        "    except ReconError as error: print(type(error).__name__, error)\n"
+        "print(peak() - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, paths)],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *said, grown = done.stdout.splitlines()
+    return said, int(grown)
+
+
+def deflated_bomb(clean: Path, bomb: Path) -> Path:
+    """A short file whose data set inflates to 128 MiB."""
+    raw = clean.read_bytes()
+    length = struct.unpack("<I", raw[140:144])[0]  # of the meta group
+    meta, rest = raw[144 : 144 + length], raw[144 + length :]
+    meta = meta.replace(b"\x14\x001.2.840.10008.1.2.1\0", b"\x16\x001.2.840.10008.1.2.1.99")
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    pieces = [packer.compress(rest)]
+    pieces += [packer.compress(bytes(1 << 24)) for _ in range(8)] + [packer.flush()]
+    bomb.write_bytes(raw[:140] + struct.pack("<I", len(meta)) + meta + b"".join(pieces))
+    assert bomb.stat().st_size < 1 << 19
+    return bomb
+
+
+def gigabytes(clean: Path, lie: Path, syntax: str) -> Path:
+    """Rows and columns of 65535 over a few bytes, in a transfer syntax."""
+    ds = pydicom.dcmread(clean)
+    if syntax not in ("1", "2"):
+        ds.PixelData = pydicom.encaps.encapsulate([bytes(64)])
+        ds["PixelData"].is_undefined_length = True
+    ds.file_meta.TransferSyntaxUID = f"1.2.840.10008.1.2.{syntax}"
+    ds.Rows = ds.Columns = 65535
+    little = syntax != "2"
+    pydicom.dcmwrite(lie, ds, implicit_vr=False, little_endian=little, force_encoding=True)
+    return lie
+
+
+def test_bombs_and_lies_under_a_memory_limit(folder, tmp_path):
+    """A deflated bomb, a gzip bomb, and headers of 4 gigapixels in every encoding."""
+    nibabel = pytest.importorskip("nibabel", reason="NIfTI needs nibabel (the formats extra)")
+    clean = sorted(folder.iterdir())[0]
+    image = nibabel.Nifti1Image(np.zeros((4, 4, 4), np.float32), np.diag([1, 1, 2, 1]))
+    gzipped = tmp_path / "bomb.nii.gz"
+    with gzip.open(gzipped, "wb") as stream:
+        stream.write(image.to_bytes())
+        for _ in range(8):
+            stream.write(bytes(1 << 24))
+    syntaxes = ("5", "4.90", "4.80", "4.70", "1", "2")
+    said, grown = limited(
+        deflated_bomb(clean, tmp_path / "bomb.dcm"),
+        gzipped,
+        *(gigabytes(clean, tmp_path / f"lie{s}.dcm", s) for s in syntaxes),
+    )
+    assert "UnsupportedError" in said[0]
+    assert "deflated transfer syntax" in said[0]
+    assert said[1] == "(4, 4, 4)"
+    for syntax, text in zip(syntaxes, said[2:], strict=True):
+        assert "ResourceError" in text or "NO_DECODER" in text, syntax
+    assert grown < 100
+
+
+HOSTILE = (
+    "../../../etc/pwn", "/etc/passwd", "..\\..\\x", "a/b/c", ".", "..", "~root", "$(touch x)",
+    "1.2.3;rm -rf", "1.2.\n3", "1.2.3\x00", "%2e%2e%2f", "1." * 40, "-1.2.3", "con", "nul.dcm",
+    "<script>", "{{7*7}}", "1..2", "0.01.2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("uid", HOSTILE, ids=repr)
+def test_hostile_uids_name_no_file_and_are_not_passed_on(folder, tmp_path, uid):
+    names = ("SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID")
+    for path in sorted(folder.iterdir()):
+        ds = pydicom.dcmread(path)
+        for name in names:
+            tag = Tag(name)
+            del ds[tag]
+            raw = uid.encode() + b"\0" * (len(uid) % 2)
+            ds._dict[tag] = RawDataElement(tag, "UI", len(raw), raw, 0, False, True)
+        ds.save_as(path)
+    before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
+    s = read_series(folder)
+    written = write_series(tmp_path / "out", s.array, s.templates, description="x",
+                           derivation=Derivation("m"))  # fmt: skip
+    after = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
+    made = [p for p in after if p not in before]
+    assert made == [Path("out"), *(Path("out", f"{k:04d}.dcm") for k in range(1, 6))]
+    ds = pydicom.dcmread(written.paths[0])
+    assert all(ds[name].value.is_valid for name in names)
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=repr)
+def test_hostile_names_in_archives_write_nothing(folder, tmp_path, name):
+    archive = tmp_path / "in.zip"
+    with zipfile.ZipFile(archive, "w") as target:
+        for k, path in enumerate(sorted(folder.iterdir())):
+            target.writestr(zipfile.ZipInfo(f"{k}/{name}"), path.read_bytes())
+    before = sorted(tmp_path.rglob("*"))
+    np.testing.assert_array_equal(read_series(archive).array, body())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["explicit", "implicit", "RLE", "enhanced"])
+def test_ten_thousand_mutants(folder, tmp_path, kind):
+    """2,500 files a kind: bit flips, cuts, inserts, lying lengths; images or our errors."""
+    ds = pydicom.dcmread(sorted(folder.iterdir())[0])
+    if kind == "implicit":
+        ds.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+    elif kind == "RLE":
+        ds.compress(pydicom.uid.RLELossless)
+    elif kind == "enhanced":
+        ds = enhanced(folder, [0, 1])
+    path = tmp_path / "mutant.dcm"
+    ds.save_as(path, enforce_file_format=True)
+    clean = path.read_bytes()
+    rng = np.random.default_rng(len(kind))
+    outcomes: Counter[str] = Counter()
+    for i in range(2500):
+        raw = bytearray(clean)
+        for _ in range(int(rng.integers(1, 4))):
+            at = int(rng.integers(132, len(raw)))
+            if i % 4 == 0:
+                raw[at] ^= 1 << int(rng.integers(8))
+            elif i % 4 == 1:
+                raw[at : at + 4] = rng.bytes(4)
+            elif i % 4 == 2:
+                raw[at:at] = rng.bytes(int(rng.integers(1, 9)))
+            else:
+                raw = raw[: max(at, 140)]
+        path.write_bytes(raw)
+        try:
+            s = read_series(path, max_bytes=1 << 26)
+            assert np.isfinite(s.array).all()
+            outcomes["read"] += 1
+        except ReconError as error:
+            outcomes[type(error).__name__] += 1
+    assert set(outcomes) <= {
+        "read", "InputError", "UnsupportedError", "NoInputError", "ResourceError"
+    }  # fmt: skip
+    assert outcomes["read"] > 50
+    assert outcomes["InputError"] > 50
+    assert [p.name for p in tmp_path.iterdir() if p.name not in ("in", "mutant.dcm")] == []

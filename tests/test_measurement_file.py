@@ -25,7 +25,7 @@ from inverse.measurement import Measurement
 from inverse.operators.ct import FanBeam, ParallelBeam, RayTransform
 from inverse.operators.linop import Identity, LinearOperator
 from inverse.operators.mask import Mask
-from inverse.operators.mri import CartesianMRI, cartesian_mask
+from inverse.operators.mri import CartesianMRI, Sense, cartesian_mask
 
 SHAPE = (12, 10)
 
@@ -41,6 +41,7 @@ def operators() -> dict[str, LinearOperator]:
         "parallel": RayTransform(ParallelBeam.sparse(5, SHAPE, 2.0), SHAPE, 2.0),
         "fan": RayTransform(FanBeam.sparse(5, SHAPE, 2.0), SHAPE, 2.0, "strip"),
         "mri": CartesianMRI(cartesian_mask(SHAPE, 2.0, 0.1)),
+        "sense": Sense(laws.random((3, 2, *SHAPE), torch.complex64, 5), known),
         "mask": Mask(known),
         "complex mask": Mask(known, torch.complex64),
     }
@@ -69,7 +70,7 @@ def stored(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["parallel", "fan", "mri", "mask", "complex mask"])
+@pytest.mark.parametrize("name", ["parallel", "fan", "mri", "sense", "mask", "complex mask"])
 @pytest.mark.parametrize("per_slice", [False, True])
 def test_round_trip(tmp_path: Path, name: str, per_slice: bool) -> None:
     m = measurement(name, per_slice)
@@ -274,7 +275,9 @@ def test_headers_that_lie(stored: Path) -> None:
     for change, error in (
         ({"version": 99}, UnsupportedError),
         ({"format": "other"}, InputError),
-        ({"operator": {"type": "sense"}}, UnsupportedError),
+        ({"operator": {"type": "pet"}}, UnsupportedError),
+        ({"operator": {"type": "sense"}}, InputError),
+        ({"operator": {"type": "sense", "shape": [12, 10]}}, InputError),
         ({"operator": {}}, InputError),
         ({"operator": 7}, InputError),
         ({"operator": ct}, ReconError),

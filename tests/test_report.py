@@ -77,7 +77,7 @@ def test_it_says_what_it_is(study: Path) -> None:
         "8-view parallel-beam CT",
         "FBP",
         "TV",
-        "Prior (dds)",
+        "Prior (pnp_admm)",
         "low value does not mean correct",
         "Lung window",
         "Soft tissue window",

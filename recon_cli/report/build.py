@@ -70,7 +70,7 @@ def _json(path: Path) -> Any:
 
 def _volume(folder: Path, name: str, run: Mapping[str, Any]) -> Volume | None:
     """A series of the output in its unit; MR files hold steps, whose size the run log knows."""
-    from inverse.io.dicom import read_series
+    from inverse.io.series import read_series
 
     if not (folder / name).is_dir():
         return None
