@@ -17,7 +17,7 @@ demo: $(STAMP)  ## phantom DICOM volume -> 23-view CT -> FBP, TV, prior -> DICOM
 	$(BIN)/recon demo -o $(OUT) --overwrite
 
 test: $(STAMP)  ## the whole suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

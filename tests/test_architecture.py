@@ -23,6 +23,7 @@ ALLOWED = {
     "measurement": {"errors", "operators"},
     "classical": {"errors", "operators", "measurement"},
     "io": {"errors", "operators", "measurement"},
+    "trust": {"errors", "sde", "priors", "operators", "measurement", "metrics"},
     "posterior": {
         "errors",
         "sde",

@@ -229,6 +229,11 @@ RECORDED = {
     ("two_dimensional", "dds"): (0.238, 0.517),
     ("two_dimensional", "dds, weight 1"): (0.225, 0.908),
     ("two_dimensional", "song"): (0.280, 0.535),
+    ("two_dimensional", "pnp_admm"): (0.209, 0.065),
+    ("two_dimensional", "daps"): (0.043, 1.012),
+    ("two_dimensional", "mcg"): (0.173, 0.663),
+    ("two_dimensional", "score_mri"): (0.265, 0.528),
+    ("two_dimensional", "red_diff"): (0.219, 0.243),
     ("one_dimensional", "pigdm"): (0.002, 0.963),
     ("one_dimensional", "dps"): (0.599, 0.788),
     ("one_dimensional", "diffpir"): (0.017, 0.690),
@@ -248,7 +253,9 @@ RECORDED = {
 def test_biases_are_the_recorded_ones(problem: str, label: str) -> None:
     toy = next(make for make in TOYS if make.__name__ == problem)()
     method, options = SETTINGS[label]
-    count = {"song": 1000, "dps": 2000}.get(label, 4000)
+    count = {"pnp_admm": 500, "song": 1000, "score_mri": 1000, "mcg": 1000, "dps": 2000}.get(
+        label, 4000
+    )
     shown = moments(toy, run(toy.prior, toy.measurement(), count, method, options, seed=4))
     mean_error, sd_ratio = RECORDED[problem, label]
     assert shown["mean_error"] == pytest.approx(mean_error, rel=0.1, abs=0.035)

@@ -1,0 +1,292 @@
+r"""What of an image the data have fixed, and what the prior has filled in.
+
+.. math:: x = A^+A\,x + P_0\,x, \qquad P_0 = I - A^+A
+
+The first part is the only one that the data can contradict: :math:`A P_0 x = 0`.  Structure in
+the second comes from the prior alone, right or not.  Between the two lie directions that the
+operator hardly sees, with singular values below the noise; they count as measured here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inverse.errors import GeometryError, InputError, NumericalError
+from inverse.operators.linop import LinearOperator
+from inverse.trust.uncertainty import Moments
+
+__all__ = ["PriorPart", "Split", "hallucination_maps", "prior_part", "split"]
+
+DELAY = 8  # least iterations that the estimate of the error looks back
+
+
+@dataclass(frozen=True)
+class Split:
+    r"""An image as the sum of its two parts.
+
+    Attributes:
+        measured: :math:`A^+A x`, ``(*b, *in_shape)``, in the unit of the image.
+        null: :math:`P_0 x = x - A^+A x`, likewise.
+        error: estimate of the error of both, :math:`\|z - A^+Ax\| / \|x\|`, shape ``b``.
+        leak: :math:`\|A P_0 x\| / \|A x\|`, which is zero for the exact part, shape ``b``.
+        iterations: iterations of conjugate gradients done.
+        converged: whether error and leak met the tolerance, shape ``b``; if not, ``null`` still
+            holds some of what the operator sees weakly.
+    """
+
+    measured: Tensor
+    null: Tensor
+    error: Tensor
+    leak: Tensor
+    iterations: int
+    converged: Tensor
+
+
+def split(
+    operator: LinearOperator, x: Tensor, *, tol: float = 1e-4, max_iter: int = 1000
+) -> Split:
+    r"""Measured and null-space part of images, by conjugate gradients on the least squares.
+
+    :math:`z = A^+Ax` is the smallest solution of :math:`\min_z \|Az - Ax\|`; from zero, conjugate
+    gradients never leave the range of :math:`A^H` and converge to it.  The errors :math:`e_k`
+    obey, as :math:`A e_k = r_k` is the residual in the data,
+
+    .. math:: \|e_k\|^2 - \|e_{k+d}\|^2
+        = \sum_{j=k}^{k+d-1} \frac{\|p_j\|^2}{\|A p_j\|^2}\,(\|r_j\|^2 + \|r_{j+1}\|^2),
+
+    so that the sum over the last d iterations, a third of all, estimates the error d iterations
+    ago, which is larger than the present one.  Once the residual is at rounding, the iteration
+    stops, as further directions would be noise, and the estimate is rounding over the smallest
+    :math:`\|A p_j\|/\|p_j\|` met.  Both are estimates, too small where directions that matter have
+    not been met yet.
+
+    Args:
+        operator: forward operator; real-linear ones, from real images to complex data, too.
+        x: images ``(*b, *in_shape)``, any unit, in the operator's precision.  float32 reaches
+            an error of about 1e-5; an ill-conditioned operator may need images of float64
+            (complex128) and ``copy.deepcopy(operator).double()``.
+        tol: relative error at which an image stops; the leak is to be below a tenth of it, or
+            at rounding.
+        max_iter: most iterations, one application of A and of its adjoint each.
+
+    Returns:
+        The parts with their error; see ``converged``.
+
+    Raises:
+        GeometryError: images of another shape than the operator's, or an empty batch.
+        InputError: images that are not finite, or real where the operator's are complex or the
+            reverse, or of another precision; a tolerance that is not positive, or no iteration.
+        NumericalError: if the iteration leaves the finite numbers.
+
+    Source: Hestenes and Stiefel, J. Res. Nat. Bur. Stand. 49 (1952); estimate of the error:
+    Strakos and Tichy, ETNA 13 (2002); parts: Barrett and Myers, *Foundations of Image Science*
+    (2004), section 1.6.
+    """
+    n, m = len(operator.in_shape), len(operator.out_shape)
+    _check(operator, x)
+    if not tol > 0 or max_iter < 1:
+        raise InputError(
+            f"split needs a positive tol and at least one iteration, got {tol} and {max_iter}"
+        )
+
+    def scaled(s: Tensor, u: Tensor, ndim: int) -> Tensor:
+        return s.to(u.real.dtype).reshape(*s.shape, *[1] * ndim) * u
+
+    tiny = torch.finfo(torch.float64).tiny
+    with torch.no_grad():
+        z = torch.zeros_like(x)
+        r = operator(x)
+        s = operator.adjoint(r)
+        p = s.clone()
+        xx, yy, ss = _square(x, n), _square(r, m), _square(s, n)
+        rr, eps2 = yy.clone(), torch.finfo(x.dtype).eps ** 2
+        floor = 16 * eps2 * yy
+        weakest = torch.full_like(xx, torch.inf)  # smallest |Ap|^2 / |p|^2
+        done = ss == 0
+        error = torch.where(done, 0.0, xx)  # squared
+        terms: list[Tensor] = []
+        iterations = 0
+        while iterations < max_iter and not bool(done.all()):
+            q = operator(p)
+            pp, qq = _square(p, n), _square(q, m)
+            step = torch.where(done, 0.0, ss / qq.clamp_min(tiny))
+            z = z + scaled(step, p, n)
+            r = r - scaled(step, q, m)
+            s = operator.adjoint(r)
+            weight = qq / pp.clamp_min(tiny)
+            weakest = torch.where(done, weakest, torch.minimum(weakest, weight))
+            floor = torch.where(done, floor, torch.maximum(floor, eps2 * weight * xx))
+            old, rr = rr, torch.where(done, rr, _square(r, m))
+            terms.append(pp / qq.clamp_min(tiny) * (old + rr))
+            fresh = _square(s, n)
+            p = s + scaled(torch.where(done, 0.0, fresh / ss.clamp_min(tiny)), p, n)
+            ss = torch.where(done, ss, fresh)
+            iterations += 1
+            delay = max(DELAY, iterations // 3)  # slow convergence needs a longer look
+            window = torch.stack(terms[-delay:]).sum(dim=0)
+            window = torch.maximum(window, rr / weakest.clamp_min(tiny))
+            rounding = rr <= floor  # further directions would be noise
+            bound = torch.minimum(window, floor / weakest.clamp_min(tiny))
+            error = torch.where(done, error, torch.where(rounding, bound, window))
+            # half the tolerance of the leak, which is measured anew below
+            done = done | rounding | ((error <= tol**2 * xx) & (rr <= (tol / 20) ** 2 * yy))
+        null = x - z
+        leak = (_square(operator(null), m) / yy.clamp_min(tiny)).sqrt()
+        error = (error / xx.clamp_min(tiny)).sqrt()
+    if not bool(torch.isfinite(error).all() & torch.isfinite(leak).all()):
+        raise NumericalError(
+            f"the split by {operator!r} left the finite numbers; check the operator for NaN"
+        )
+    small = leak.square() * yy <= torch.maximum((tol / 10) ** 2 * yy, 4 * floor)
+    return Split(z, null, error, leak, iterations, (error <= tol) & small)
+
+
+def hallucination_maps(
+    operator: LinearOperator,
+    x: Tensor,
+    truth: Tensor,
+    *,
+    tol: float = 1e-4,
+    max_iter: int = 1000,
+) -> Split:
+    r"""Hallucination maps of a reconstruction against its truth.
+
+    .. math:: \mathrm{measured} = A^+(A\hat x - A x^*), \qquad \mathrm{null} = P_0(\hat x - x^*)
+
+    The first is what the reconstruction got wrong although the data say it (noise, model, too
+    weak guidance); the second what the prior put in, or left out, where the data are silent.
+    They add up to the whole error.
+
+    Args:
+        operator: forward operator.
+        x: reconstructions ``(*b, *in_shape)``, physical units.
+        truth: true images, same shape and unit.
+        tol: as of :func:`split`, relative to the error of the reconstruction.
+        max_iter: as of :func:`split`.
+
+    Raises:
+        GeometryError: shapes that differ from each other or from the operator's.
+        InputError: as :func:`split`.
+        NumericalError: as :func:`split`.
+
+    Source: Bhadra, Kelkar, Brooks and Anastasio, IEEE Trans. Med. Imaging 40 (2021).
+    """
+    if x.shape != truth.shape:
+        raise GeometryError(
+            f"hallucination maps compare images of one shape, got {tuple(x.shape)} and "
+            f"{tuple(truth.shape)}"
+        )
+    return split(operator, x - truth, tol=tol, max_iter=max_iter)
+
+
+@dataclass(frozen=True)
+class PriorPart:
+    r"""What samples of a posterior owe to the prior, without truth.
+
+    Attributes:
+        mean: mean of the samples' null-space parts, ``shape``.
+        std: their standard deviation, :math:`\mathrm{sd}(P_0\tilde x)`: what other images that
+            agree with the data and the prior would show.
+        measured: mean of their measured parts.
+        measured_std: its standard deviation: noise, and what the operator sees weakly.
+        error: largest relative error of a split, see :class:`Split`.
+        leak: largest leak.
+        converged: whether every split was.
+    """
+
+    mean: Tensor
+    std: Tensor
+    measured: Tensor
+    measured_std: Tensor
+    error: float
+    leak: float
+    converged: bool
+
+    @property
+    def share(self) -> Tensor:
+        r"""Share of a pixel's value that comes from the prior, 0 to 1, ``shape``.
+
+        .. math:: \frac{|P_0\hat x|}{|P_0\hat x| + |A^+A\hat x|}
+
+        0 where the pixel is zero in both parts.
+        """
+        null, measured = self.mean.abs(), self.measured.abs()
+        return null / (null + measured).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def prior_part(
+    operator: LinearOperator,
+    samples: Iterable[Tensor],
+    *,
+    tol: float = 1e-4,
+    max_iter: int = 1000,
+) -> PriorPart:
+    r"""Moments of the null-space part over samples, streamed.
+
+    For a Gaussian posterior of covariance C, :math:`\mathrm{sd}(P_0\tilde x) =
+    \sqrt{\mathrm{diag}(P_0 C P_0)}`.
+
+    Args:
+        operator: forward operator.
+        samples: batches of samples ``(k, *b, *in_shape)``, physical units, such as
+            ``torch.split(samples, 8)``; at least two samples in all.
+        tol: as of :func:`split`.
+        max_iter: as of :func:`split`.
+
+    Raises:
+        GeometryError: shapes that differ from the operator's or from batch to batch.
+        InputError: fewer than two samples; else as :func:`split`.
+        NumericalError: as :func:`split`.
+
+    Source: METHODS of hallucination; Bhadra et al., IEEE Trans. Med. Imaging 40 (2021), for the
+    null map.
+    """
+    null, measured = Moments(), Moments()
+    error = leak = 0.0
+    converged = True
+    for batch in samples:
+        if batch.ndim <= len(operator.in_shape):
+            raise GeometryError(
+                f"prior_part needs batches (k, *b, *{operator.in_shape}), got "
+                f"{tuple(batch.shape)}; give one sample as sample[None]"
+            )
+        part = split(operator, batch, tol=tol, max_iter=max_iter)
+        null.add(part.null)
+        measured.add(part.measured)
+        error = max(error, float(part.error.max()))
+        leak = max(leak, float(part.leak.max()))
+        converged &= bool(part.converged.all())
+    return PriorPart(null.mean, null.std, measured.mean, measured.std, error, leak, converged)
+
+
+def _square(u: Tensor, ndim: int) -> Tensor:
+    """Squared norm over the last ``ndim`` axes, float64."""
+    return u.abs().square().sum(dim=tuple(range(-ndim, 0)), dtype=torch.float64)
+
+
+def _check(operator: LinearOperator, x: Tensor) -> None:
+    n = len(operator.in_shape)
+    if x.ndim < n or tuple(x.shape[x.ndim - n :]) != operator.in_shape or not x.numel():
+        raise GeometryError(
+            f"the split by {operator!r} needs images (*b, *{operator.in_shape}), got "
+            f"{tuple(x.shape)}"
+        )
+    precision = {b.dtype.to_real() for b in operator.buffers() if _inexact(b)} | {
+        x.dtype.to_real()
+    }
+    if not _inexact(x) or x.is_complex() != operator.dtype.is_complex or len(precision) > 1:
+        raise InputError(
+            f"the split by {operator!r} needs images of {operator.dtype}, or double precision in "
+            f"both operator and images, got {x.dtype}; convert"
+        )
+    parts = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+    if not bool(torch.isfinite(parts).all()):
+        raise InputError("the images hold NaN or infinite values; leave those out")
+
+
+def _inexact(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
