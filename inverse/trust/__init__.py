@@ -1,5 +1,13 @@
-"""Can this reconstruction be believed? Uncertainty, and what came from the prior."""
+"""Can this reconstruction be believed? Uncertainty, hallucination, lesions."""
 
+from inverse.trust.detectability import (
+    Detection,
+    auc,
+    contrast_recovery,
+    d_prime,
+    hotelling,
+    laguerre_gauss,
+)
 from inverse.trust.hallucination import (
     PriorPart,
     Split,
@@ -25,15 +33,21 @@ from inverse.trust.uncertainty import (
 __all__ = [
     "ChiSquare",
     "Conformal",
+    "Detection",
     "Moments",
     "PriorPart",
     "Split",
     "Whiteness",
+    "auc",
     "by_first_axis",
     "by_frequency",
+    "contrast_recovery",
     "crc",
+    "d_prime",
     "hallucination_maps",
+    "hotelling",
     "interval",
+    "laguerre_gauss",
     "prior_part",
     "rcps",
     "residual_chi2",

@@ -66,9 +66,8 @@ def split(
 
     Args:
         operator: forward operator; real-linear ones, from real images to complex data, too.
-        x: images ``(*b, *in_shape)``, any unit, in the operator's precision.  float32 reaches
-            an error of about 1e-5; an ill-conditioned operator may need images of float64
-            (complex128) and ``copy.deepcopy(operator).double()``.
+        x: images ``(*b, *in_shape)``, any unit, of the operator's dtype.  float32 reaches an
+            error of about its rounding over the smallest singular value, relative to the largest.
         tol: relative error at which an image stops; the leak is to be below a tenth of it, or
             at rounding.
         max_iter: most iterations, one application of A and of its adjoint each.
@@ -78,8 +77,8 @@ def split(
 
     Raises:
         GeometryError: images of another shape than the operator's, or an empty batch.
-        InputError: images that are not finite, or real where the operator's are complex or the
-            reverse, or of another precision; a tolerance that is not positive, or no iteration.
+        InputError: images that are not finite or not of the operator's dtype, a tolerance that
+            is not positive, or no iteration.
         NumericalError: if the iteration leaves the finite numbers.
 
     Source: Hestenes and Stiefel, J. Res. Nat. Bur. Stand. 49 (1952); estimate of the error:
@@ -242,8 +241,7 @@ def prior_part(
         InputError: fewer than two samples; else as :func:`split`.
         NumericalError: as :func:`split`.
 
-    Source: METHODS of hallucination; Bhadra et al., IEEE Trans. Med. Imaging 40 (2021), for the
-    null map.
+    Source: the null map of Bhadra et al., IEEE Trans. Med. Imaging 40 (2021), over samples.
     """
     null, measured = Moments(), Moments()
     error = leak = 0.0
@@ -275,18 +273,10 @@ def _check(operator: LinearOperator, x: Tensor) -> None:
             f"the split by {operator!r} needs images (*b, *{operator.in_shape}), got "
             f"{tuple(x.shape)}"
         )
-    precision = {b.dtype.to_real() for b in operator.buffers() if _inexact(b)} | {
-        x.dtype.to_real()
-    }
-    if not _inexact(x) or x.is_complex() != operator.dtype.is_complex or len(precision) > 1:
+    if x.dtype != operator.dtype:
         raise InputError(
-            f"the split by {operator!r} needs images of {operator.dtype}, or double precision in "
-            f"both operator and images, got {x.dtype}; convert"
+            f"the split by {operator!r} needs images of {operator.dtype}, got {x.dtype}; convert"
         )
     parts = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
     if not bool(torch.isfinite(parts).all()):
         raise InputError("the images hold NaN or infinite values; leave those out")
-
-
-def _inexact(x: Tensor) -> bool:
-    return x.is_floating_point() or x.is_complex()

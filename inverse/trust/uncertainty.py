@@ -216,8 +216,7 @@ def residual_chi2(
         InputError: samples that are not finite, groups that are not integers, a bad level.
         UnsupportedError: an operator that does not tell which data it measures.
 
-    Source: METHODS of data consistency; the law follows from exchanging truth and sample, Talts
-    et al., arXiv:1804.06788 (2018).
+    Source: the exchange of truth and sample is that of Talts et al., arXiv:1804.06788 (2018).
     """
     if not 0 < level < 1:
         raise InputError(f"the level of an interval must lie between 0 and 1, got {level}")

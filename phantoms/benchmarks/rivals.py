@@ -28,7 +28,7 @@ from phantoms.benchmarks.quality import Case, ct_cases
 
 WEIGHTS = {
     "DiffPIR": (0.01, 0.1, 1.0, 10.0, 100.0),
-    "DPS": (0.1, 1.0, 10.0, 100.0, 1000.0),
+    "DPS": (1e-5, 1e-4, 1e-3, 1e-2, 0.1),
     "PiGDM": (0.3, 1.0, 3.0),
     "MomentMatching": (0.3, 1.0, 3.0),
 }
@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=23)
     parser.add_argument("--calls", type=int, default=20)
     parser.add_argument("--slices", type=int, default=2, help="slices of each series")
+    parser.add_argument("--only", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
     parser.add_argument("--out", type=Path, help="JSON file")
     arguments = parser.parse_args()
     prior = load_prior(arguments.prior)
@@ -166,7 +167,8 @@ def main() -> None:
                      "weight": None, "psnr": value, "seconds": seconds})  # fmt: skip
         _show(rows[-1])
     tuning, test = rivals(cases["tune"], prior), rivals(ours, prior)
-    for name, weights in WEIGHTS.items():
+    for name in arguments.only:
+        weights = WEIGHTS[name]
         for calls in (arguments.calls, 5 * arguments.calls):
             found = {w: _psnr(cases["tune"], tuning[name](w, calls)) for w in weights}
             best = max(weights, key=lambda w: float(np.nan_to_num(found[w], nan=-np.inf)))

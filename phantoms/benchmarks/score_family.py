@@ -239,7 +239,7 @@ def score_matching(quick: bool) -> Iterator[Row]:
         gap = float(w @ o.exact_score_matching(cost.count(wrong), x).detach()) - least
     half = 0.5 * 0.09 * float(w @ torch.sin(x[:, 0]) ** 2)
     yield Row(
-        group, "ISM", "gap = E|s' - s|²/2", half, gap, 1e-8,
+        group, "ISM", "gap = E‖s' - s‖²/2", half, gap, 1e-8,
         cost.calls, cost.backward, cost.seconds,
     )  # fmt: skip
     sample = draws(many, 0)
@@ -287,7 +287,7 @@ def score_matching(quick: bool) -> Iterator[Row]:
                 group, "SURE", f"{quantity}, sigma {sigma:g}", expected, float(wy @ risk),
                 1e-6 * (1 + sigma**4), cost.calls, cost.backward, cost.seconds,
             )  # fmt: skip
-    yield _likelihood_weighting(n)
+    yield _likelihood_weighting(400)
 
 
 def _likelihood_weighting(n: int) -> Row:
@@ -554,16 +554,18 @@ def likelihood(quick: bool) -> Iterator[Row]:
             cost.calls, cost.backward, cost.seconds,
         )  # fmt: skip
     yield from _hutchinson(quick)
+    inside = points[points.abs() >= 1.0].reshape(-1, 1)
     for rtol in (1e-5, 1e-8):
         sde = VE(0.01, 50.0)
         cost = Cost()
         counted = _Counted(mixture(sde), cost)
         solver = RK45(rtol, rtol)
         with cost.timed():
-            back = decode(counted, encode(counted, points, solver=solver), solver=solver)
+            back = decode(counted, encode(counted, inside, solver=solver), solver=solver)
         yield Row(
-            "likelihood", "encode, decode", f"largest round-trip error, rtol {rtol:g}", 0.0,
-            float((back - points).abs().max()), 1000 * rtol, cost.calls, cost.backward,
+            "likelihood", "encode, decode",
+            f"largest round-trip error within two deviations of a mode, rtol {rtol:g}", 0.0,
+            float((back - inside).abs().max()), 100 * rtol, cost.calls, cost.backward,
             cost.seconds,
         )  # fmt: skip
     uniform = bits_per_dim(torch.zeros(1, dtype=torch.float64), 10, bin_width=1 / 256, scale=1.0)
@@ -758,6 +760,15 @@ where the measured value is a Monte-Carlo mean.
 The largest error of a log-likelihood is split in two: with the true density of `x_T` in the place
 of the normal one only the solver's error is left, so the rest is the mismatch of the prior on
 `x_T`, which no tolerance of the solver removes.  Random probes (Hutchinson) add the third part.
+Round trips are shown inside the modes: between them the flow stretches an error of the solver ten
+thousandfold, which no solver can help.
+
+Seconds were measured on a machine shared with other jobs.
+
+![Samples of a small prior by all samplers](images/samplers.png)
+
+*A prior of 32 x 32 chest phantoms trained for a minute, and eight samples by every sampler at its
+default length.*
 """
 
 
