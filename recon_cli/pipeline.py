@@ -533,7 +533,11 @@ def execute(
     with run.phase("prior"):
         outcomes.append(_sample(task, recipe, run, Batches(saved)))
     if recipe.samples == 1:
-        run.warn("NO_STD", "one sample a slice, so no std map; give --samples 8 for one")
+        run.warn(
+            "NO_STD",
+            "one sample a slice, so no std map; for one to believe give --samples 8 and a method "
+            "whose spread is the posterior's (--method mmps or pnpdm)",
+        )
     with run.phase("metrics"):
         metrics = _judge(task, outcomes, run)
     with run.phase("write"):

@@ -87,7 +87,9 @@ def curve(series: Mapping[str, Sequence[float]], slices: Sequence[int], label: s
 
     figure = _figure(8.4, 2.9)
     axes = figure.add_subplot()
-    for (name, values), colour in zip(series.items(), _CURVE_COLOURS * 4, strict=False):
+    # the last curve is the prior's
+    colours = [*(_CURVE_COLOURS * 4)[: len(series) - 1], _PRIOR_COLOUR]
+    for (name, values), colour in zip(series.items(), colours, strict=True):
         axes.plot(slices, values, "o-", color=colour, markersize=3.5, linewidth=1.5, label=name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("slice of the source")
@@ -100,7 +102,8 @@ def curve(series: Mapping[str, Sequence[float]], slices: Sequence[int], label: s
     return _uri(buffer.getvalue())
 
 
-_CURVE_COLOURS = ["#8a94a3", "#c77d2b", "#1f6fb2"]
+_CURVE_COLOURS = ["#8a94a3", "#c77d2b", "#4f9d69", "#9467bd", "#7a5c3e"]
+_PRIOR_COLOUR = "#1f6fb2"
 
 
 def overview(
