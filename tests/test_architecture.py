@@ -95,6 +95,7 @@ def test_imports_follow_the_design(path: Path) -> None:
         "inverse.posterior",
         "inverse.classical",
         "inverse.training",
+        "inverse.trust",
         "phantoms",
         "inverse.io.dicom",
     ],

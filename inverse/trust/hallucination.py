@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from inverse.errors import GeometryError, InputError, NumericalError
@@ -61,8 +62,8 @@ def split(
     so that the sum over the last d iterations, a third of all, estimates the error d iterations
     ago, which is larger than the present one.  Once the residual is at rounding, the iteration
     stops, as further directions would be noise, and the estimate is rounding over the smallest
-    :math:`\|A p_j\|/\|p_j\|` met.  Both are estimates, too small where directions that matter have
-    not been met yet.
+    singular value that the iteration has met (a Ritz value).  Both are estimates, too small by a
+    factor of a few where directions that matter have not been met yet.
 
     Args:
         operator: forward operator; real-linear ones, from real images to complex data, too.
@@ -104,10 +105,13 @@ def split(
         xx, yy, ss = _square(x, n), _square(r, m), _square(s, n)
         rr, eps2 = yy.clone(), torch.finfo(x.dtype).eps ** 2
         floor = 16 * eps2 * yy
-        weakest = torch.full_like(xx, torch.inf)  # smallest |Ap|^2 / |p|^2
+        rounded = torch.zeros_like(ss, dtype=torch.bool)
+        length = torch.zeros_like(ss, dtype=torch.long)
         done = ss == 0
         error = torch.where(done, 0.0, xx)  # squared
         terms: list[Tensor] = []
+        steps: list[Tensor] = []
+        ratios: list[Tensor] = []
         iterations = 0
         while iterations < max_iter and not bool(done.all()):
             q = operator(p)
@@ -116,23 +120,29 @@ def split(
             z = z + scaled(step, p, n)
             r = r - scaled(step, q, m)
             s = operator.adjoint(r)
-            weight = qq / pp.clamp_min(tiny)
-            weakest = torch.where(done, weakest, torch.minimum(weakest, weight))
-            floor = torch.where(done, floor, torch.maximum(floor, eps2 * weight * xx))
+            floor = torch.where(
+                done, floor, torch.maximum(floor, eps2 * qq / pp.clamp_min(tiny) * xx)
+            )
             old, rr = rr, torch.where(done, rr, _square(r, m))
             terms.append(pp / qq.clamp_min(tiny) * (old + rr))
             fresh = _square(s, n)
-            p = s + scaled(torch.where(done, 0.0, fresh / ss.clamp_min(tiny)), p, n)
+            ratio = torch.where(done, 0.0, fresh / ss.clamp_min(tiny))
+            p = s + scaled(ratio, p, n)
+            steps.append(step)
+            ratios.append(ratio)
+            length += ~done
             ss = torch.where(done, ss, fresh)
             iterations += 1
             delay = max(DELAY, iterations // 3)  # slow convergence needs a longer look
             window = torch.stack(terms[-delay:]).sum(dim=0)
-            window = torch.maximum(window, rr / weakest.clamp_min(tiny))
-            rounding = rr <= floor  # further directions would be noise
-            bound = torch.minimum(window, floor / weakest.clamp_min(tiny))
-            error = torch.where(done, error, torch.where(rounding, bound, window))
+            error = torch.where(done, error, window)
+            rounded |= ~done & (rr <= floor)  # further directions would be noise
             # half the tolerance of the leak, which is measured anew below
-            done = done | rounding | ((error <= tol**2 * xx) & (rr <= (tol / 20) ** 2 * yy))
+            done = done | rounded | ((error <= tol**2 * xx) & (rr <= (tol / 20) ** 2 * yy))
+        if bool(rounded.any()):
+            weakest = _smallest_ritz(torch.stack(steps), torch.stack(ratios), length * rounded)
+            bound = torch.minimum(error, floor / weakest.clamp_min(tiny))
+            error = torch.where(rounded, bound, error)
         null = x - z
         leak = (_square(operator(null), m) / yy.clamp_min(tiny)).sqrt()
         error = (error / xx.clamp_min(tiny)).sqrt()
@@ -280,3 +290,25 @@ def _check(operator: LinearOperator, x: Tensor) -> None:
     parts = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
     if not bool(torch.isfinite(parts).all()):
         raise InputError("the images hold NaN or infinite values; leave those out")
+
+
+def _smallest_ritz(steps: Tensor, ratios: Tensor, length: Tensor) -> Tensor:
+    r"""Smallest Ritz value of :math:`A^HA` in each Krylov space, shape ``b``.
+
+    Conjugate gradients are Lanczos' iteration: with step :math:`a_k` and ratio :math:`b_k` its
+    tridiagonal matrix holds :math:`1/a_k + b_{k-1}/a_{k-1}` and :math:`\sqrt{b_k}/a_k`.
+
+    Args:
+        steps: ``(iterations, *b)``.
+        ratios: likewise.
+        length: iterations of each that count, shape ``b``; infinite where none does.
+    """
+    values = torch.full(length.shape, torch.inf, dtype=torch.float64).flatten()
+    a, b = (u.reshape(len(u), -1).cpu() for u in (steps, ratios))
+    for j, k in enumerate(length.flatten().tolist()):
+        if k:
+            diagonal, beside = 1 / a[:k, j], b[: k - 1, j].sqrt() / a[: k - 1, j]
+            diagonal[1:] += b[: k - 1, j] / a[: k - 1, j]
+            ritz = eigh_tridiagonal(diagonal, beside, True, select="i", select_range=(0, 0))
+            values[j] = float(ritz[0])
+    return values.reshape(length.shape).to(steps.device)

@@ -231,7 +231,7 @@ def residual_chi2(
         )
     if groups.is_floating_point() or groups.is_complex() or bool((groups < 0).any()):
         raise InputError(f"groups must be integers from 0, got {groups.dtype}; number them")
-    label = groups[measured].to(torch.long)
+    label = groups.to(z.device)[measured].to(torch.long)
     parts = 2 if measurement.data.is_complex() else 1
     degrees = parts * torch.bincount(label).to(torch.float64)
     squares = z.square().sum(dim=-1)[:, measured]
@@ -534,7 +534,8 @@ def _misses(
         raise GeometryError(
             f"patients must name one for each of {len(truth)} images, got {tuple(labels.shape)}"
         )
-    n, patient = (lambda u, i: (len(u), i))(*torch.unique(labels, return_inverse=True))
+    names, patient = torch.unique(labels, return_inverse=True)
+    n = len(names)
     pixels = inside.flatten(1).sum(dim=1).to("cpu", torch.float64)
     per_patient = torch.zeros(n, dtype=torch.float64).index_add_(0, patient, pixels)
     if not bool((per_patient > 0).all()):

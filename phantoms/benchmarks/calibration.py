@@ -41,6 +41,7 @@ from inverse.priors.exact import GaussianPosterior
 from inverse.reconstruct import reconstruct
 from inverse.sampling import Noise
 from inverse.sde import SDE, VE
+from inverse.trust import interval
 
 _FROM_NOISE = {"steps": 50, "start_level": 40.0, "end_level": 0.01, "eta": 0.85}
 SETTINGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -332,19 +333,6 @@ def field(kind: str = "ct", side: int = 16, slices: int = 1, seed: int = 0) -> F
     exact = [prior.posterior(matrix[seen], _real(y).flatten()[seen], noise) for y in data]
     measurement = Measurement(operator, data, torch.tensor(noise), "MR", (1.0, 1.0))
     return Field(f"Gaussian field, {kind.upper()}", prior, measurement, truth, exact)
-
-
-def interval(mean: Tensor, std: Tensor, samples: int, level: float) -> tuple[Tensor, Tensor]:
-    r"""Interval that holds the truth with probability ``level`` if it is one more draw.
-
-    .. math:: \bar x \pm t_{(1+\mathrm{level})/2,\,K-1}\; s\,\sqrt{1 + 1/K}
-
-    The truth and the K samples are independent draws of one posterior, so its distance from their
-    mean has variance :math:`\sigma^2(1 + 1/K)`, and ``s`` estimates :math:`\sigma`.
-    """
-    t = float(stats.t.ppf((1 + level) / 2, samples - 1))
-    half = t * std * math.sqrt(1 + 1 / samples)
-    return mean - half, mean + half
 
 
 def measure_field(
