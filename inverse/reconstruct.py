@@ -25,7 +25,7 @@ from inverse.operators.resample import Upsample
 from inverse.posterior.methods import METHODS
 from inverse.posterior.problem import Problem
 from inverse.priors.checkpoint import NetworkPrior
-from inverse.priors.denoiser import Denoiser
+from inverse.priors.denoiser import CountedDenoiser, Denoiser
 from inverse.sampling import Noise
 
 __all__ = ["Batch", "Reconstruction", "reconstruct"]
@@ -148,7 +148,7 @@ def reconstruct(
     counter = _CountedOperator(operator if embedding is None else operator @ embedding)
     inner = replace(target, operator=counter).rescaled(offset, scale)
     counter.tally[0] = 0
-    counted = _CountedDenoiser(prior)
+    counted = CountedDenoiser(prior)
 
     n = len(measurement)
     batch = 8 if batch is None else batch
@@ -292,22 +292,6 @@ def _status(chi2: Tensor, notes: list[str]) -> str:
             "raise the data weight"
         )
     return "; ".join(messages) or "ok"
-
-
-class _CountedDenoiser(Denoiser):
-    """The same denoiser, counting the images it is given."""
-
-    def __init__(self, inner: Denoiser) -> None:
-        super().__init__(inner.sde)
-        self.inner = inner
-        self.images = 0
-
-    def denoise(self, x_t: Tensor, t: float | Tensor) -> Tensor:
-        self.images += len(x_t)
-        return self.inner.denoise(x_t, t)
-
-    def error(self, noise_level: float | Tensor) -> Tensor:
-        return self.inner.error(noise_level)
 
 
 class _CountedOperator(LinearOperator):

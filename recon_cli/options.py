@@ -24,6 +24,9 @@ __all__ = ["command", "parse_pairs", "parse_slices", "parse_value", "read_option
 
 _SCAN, _RECON, _OUT = "Measurement", "Reconstruction", "Input and output"
 
+DEFAULT_METHOD = "pnp_admm"
+"""That of :func:`inverse.reconstruct`, which is slow to import."""
+
 Input = Annotated[
     Path,
     typer.Argument(metavar="IN", help="DICOM folder, file or zip archive.", show_default=False),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from recon_cli.console import log, plain_json, print_json, print_table, progress
 from recon_cli.errors import usage
+from recon_cli.options import DEFAULT_METHOD
 from recon_cli.output import NOTHING_SAVED, Batches, Saved
 from recon_cli.runlog import RunLog, sha256_of, versions, write_json
 
@@ -113,7 +114,7 @@ class Recipe:
     """How to reconstruct; ``None`` leaves the method's default, as does an option not given."""
 
     prior: NetworkPrior
-    method: str = "pnp_admm"
+    method: str = DEFAULT_METHOD
     steps: int | None = None
     samples: int = 1
     seed: int = 0

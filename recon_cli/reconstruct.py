@@ -135,7 +135,7 @@ def register(app: typer.Typer) -> None:
         path: _Input,
         out: o.Out,
         prior: o.PriorName = None,
-        method: o.MethodName = "pnp_admm",
+        method: o.MethodName = o.DEFAULT_METHOD,
         option: o.MethodOption = None,
         steps: o.Steps = None,
         samples: o.Samples = 1,

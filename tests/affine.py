@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -157,3 +158,23 @@ def field(
     n = torch.view_as_complex(n) if clean.is_complex() else n[..., 0]
     data = clean + noise * torch.where(clean.abs().sum(0) > 0, n, 0)  # unmeasured stays zero
     return prior, Measurement(op, data, torch.tensor(noise), "MR", (1.0, 1.0)), truth
+
+
+def check_calls(run: Run, calls: int) -> None:
+    """A method makes as many network calls as stated and reports every step once."""
+    prior, measurement = plane()
+    counted = CountingPrior(prior)
+    progress: list[tuple[int, int]] = []
+    run(replace(problem(counted, measurement, 2), callback=lambda i, n: progress.append((i, n))))
+    assert counted.calls == calls
+    steps = progress[-1][1]
+    assert progress == [(i + 1, steps) for i in range(steps)]
+
+
+def check_batch(run: Run, kind: str) -> None:
+    """A sample does not depend on its batch."""
+    prior, measurement, _ = field(kind, side=8)
+    with torch.inference_mode():
+        many = run(problem(prior, measurement, 8))
+        one = run(problem(prior, measurement, 1, first=5))
+    torch.testing.assert_close(many[5], one[0], rtol=1e-5, atol=1e-5)

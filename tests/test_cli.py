@@ -357,6 +357,15 @@ def test_priors(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert isinstance(json.loads(capsys.readouterr().out), list)
 
 
+def test_the_default_method_is_that_of_the_library() -> None:
+    import inspect
+
+    from inverse import reconstruct
+    from recon_cli.options import DEFAULT_METHOD
+
+    assert inspect.signature(reconstruct).parameters["method"].default == DEFAULT_METHOD
+
+
 def test_methods_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert recon("methods", "--json") == 0
     methods = json.loads(capsys.readouterr().out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,6 +10,8 @@ import torch
 from affine import (
     CountingPrior,
     Run,
+    check_batch,
+    check_calls,
     dense,
     field,
     law,
@@ -212,25 +213,13 @@ def test_red_diff_finds_the_mode_without_spread() -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_network_calls_are_those_stated(name: str) -> None:
-    run, calls = RUNS[name]
-    prior, measurement = plane()
-    counted = CountingPrior(prior)
-    progress: list[tuple[int, int]] = []
-    run(replace(problem(counted, measurement, 2), callback=lambda i, n: progress.append((i, n))))
-    assert counted.calls == calls
-    steps = progress[-1][1]
-    assert progress == [(i + 1, steps) for i in range(steps)]
+    check_calls(*RUNS[name])
 
 
 @pytest.mark.parametrize("kind", ["ct", "mri"])
 @pytest.mark.parametrize("name", RUNS)
 def test_a_sample_does_not_depend_on_its_batch(name: str, kind: str) -> None:
-    run, _ = RUNS[name]
-    prior, measurement, _ = field(kind, side=8)
-    with torch.inference_mode():
-        many = run(problem(prior, measurement, 8))
-        one = run(problem(prior, measurement, 1, first=5))
-    torch.testing.assert_close(many[5], one[0], rtol=1e-5, atol=1e-5)
+    check_batch(RUNS[name][0], kind)
 
 
 def test_noise_free_data_are_a_limit() -> None:

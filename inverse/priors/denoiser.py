@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from inverse.errors import UnsupportedError
 from inverse.sde import SDE, as_time
 
-__all__ = ["Denoiser", "expand"]
+__all__ = ["CountedDenoiser", "Denoiser", "expand"]
 
 
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
@@ -121,3 +121,25 @@ class Denoiser(nn.Module, ABC):
         """
         alpha, sigma = self.sde.marginal(t)
         return expand(sigma**2 / alpha, x_t) * self.linearise(x_t, t)[1](v)
+
+
+class CountedDenoiser(Denoiser):
+    """The same denoiser, counting the images that it is given in ``images``.
+
+    Args:
+        inner: the denoiser.
+    """
+
+    def __init__(self, inner: Denoiser) -> None:
+        super().__init__(inner.sde)
+        self.inner = inner
+        self.images = 0
+
+    def denoise(self, x_t: Tensor, t: float | Tensor) -> Tensor:
+        """That of ``inner``."""
+        self.images += len(x_t)
+        return self.inner.denoise(x_t, t)
+
+    def error(self, noise_level: float | Tensor) -> Tensor:
+        """That of ``inner``."""
+        return self.inner.error(noise_level)

@@ -15,6 +15,7 @@ yields a prior for every sampler.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -676,7 +677,7 @@ class Setting:
     sigma_data: float
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """One objective in a run; its buffers and parameters are part of the run's state.
 
     Args:
@@ -697,9 +698,9 @@ class Objective(nn.Module):
         s = self.setting
         return lognormal_levels(count, s.p_mean, s.p_std, s.sigma_range, generator)
 
+    @abstractmethod
     def losses(self, model: Model, batch: Perturbed, generator: torch.Generator) -> Tensor:
         """Losses of a batch ``(b,)``; advances the state."""
-        raise NotImplementedError
 
 
 class _Denoising(Objective):

@@ -36,7 +36,7 @@ from inverse.operators.mask import Mask
 from inverse.operators.mri import CartesianMRI, cartesian_mask
 from inverse.posterior import METHODS, Problem
 from inverse.priors import GaussianPrior, MixturePrior
-from inverse.priors.denoiser import Denoiser
+from inverse.priors.denoiser import CountedDenoiser, Denoiser
 from inverse.priors.exact import GaussianPosterior
 from inverse.reconstruct import reconstruct
 from inverse.sampling import Noise
@@ -274,7 +274,7 @@ def measure(
     """Run a row of :data:`SETTINGS` on a small problem."""
     started = time.monotonic()
     method, options = SETTINGS[label]
-    counted = _Counted(toy.prior)
+    counted = CountedDenoiser(toy.prior)
     draws = run(counted, toy.measurement(), count, method, options, seed)
     calls = counted.images // count
     truth, data = toy.simulate(simulations, seed + 1)
@@ -425,21 +425,6 @@ class _Draws(Noise):
     def __call__(self, shape: Sequence[int] | None = None) -> Tensor:
         size = self.shape if shape is None else tuple(shape)
         return torch.randn(self.count, *size, generator=self.generator)
-
-
-class _Counted(Denoiser):
-    """The same prior, counting the images that it denoises."""
-
-    def __init__(self, inner: Denoiser) -> None:
-        super().__init__(inner.sde)
-        self.inner, self.images = inner, 0
-
-    def denoise(self, x_t: Tensor, t: float | Tensor) -> Tensor:
-        self.images += len(x_t)
-        return self.inner.denoise(x_t, t)
-
-    def error(self, noise_level: float | Tensor) -> Tensor:
-        return self.inner.error(noise_level)
 
 
 def _draw(prior: GaussianPrior | MixturePrior, count: int, generator: torch.Generator) -> Tensor:

@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,6 @@ class Case:
     prior: NetworkPrior
     offset: float = 0.0
     scale: float = 1.0
-    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def inner(self) -> Measurement:
@@ -97,7 +96,7 @@ def ct_cases(
     images: list[NDArray[np.float32]] = []
     pixel = 0.0
     stacks = inspect(path).stacks
-    for stack in stacks if len(stacks) > 1 else stacks * 1:
+    for stack in stacks:
         series = read_series(path, stack=stack.key)
         if pixel and abs(series.spacing[1] - pixel) > 1e-3 * pixel:
             continue  # one pixel size a case
@@ -184,7 +183,7 @@ def rows(case: Case, wanted: tuple[str, ...] | None, done: set[str]) -> Iterator
         try:
             result = reconstruct(case.measurement, case.prior, method=method, options=options)
         except ReconError as error:
-            nothing = torch.full_like(case.measurement.operator.adjoint(case.measurement.data), 0)
+            nothing = torch.zeros_like(case.measurement.operator.adjoint(case.measurement.data))
             yield {**_row(case, label, nothing, 0, time.monotonic() - started, str(error)),
                    "psnr": None, "ssim": None}  # fmt: skip
             continue

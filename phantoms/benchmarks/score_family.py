@@ -717,7 +717,11 @@ def markdown(table: list[Row]) -> str:
         "| method | quantity | expected | measured | tolerance | | calls | backward | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    group = ""
     for row in table:
+        if row.group != group:
+            group = row.group
+            lines.append(f"| **{group}** | | | | | | | | |")
         expected = "" if row.expected is None else f"{row.expected:.6f}"
         lines.append(
             f"| {row.method} | {row.quantity} | {expected} | {row.measured:.6f} | "
