@@ -249,6 +249,16 @@ def register(app: typer.Typer) -> None:
                 rich_help_panel=_NET,
             ),
         ] = 0.8,
+        fine: Annotated[
+            float,
+            typer.Option(
+                min=0,
+                max=1,
+                help="Share of steps on a grid of twice the --size at half the pixel size: one "
+                "prior for both.",
+                rich_help_panel=_NET,
+            ),
+        ] = 0.0,
         shift_mm: Annotated[
             float,
             typer.Option(min=0, help="Largest random shift, mm.", rich_help_panel=_DATA),
@@ -307,6 +317,7 @@ def register(app: typer.Typer) -> None:
         wanted, held_rows = _selection(select or []), _selection(validation_select or [])
         shape = _widths(widths)
         low, high = _pixel_range(pixel_mm)
+        finest = low / 2 if fine else low
         if held_rows and validation_data is None:
             raise usage("--validation-select needs --validation-data")
         if phantoms and modality != "ct":
@@ -346,7 +357,8 @@ def register(app: typer.Typer) -> None:
             first = 1000 * (seed + 1)
             log(f"drawing {phantoms} phantoms")
             chests = range(first, first + phantoms)
-            sets.append(chest_slices(chests, size=size, weight=phantom_weight))
+            side, pixels = (2 * size, (0.6, 0.95)) if fine else (size, (1.2, 1.9))
+            sets.append(chest_slices(chests, size=side, pixel_mm=pixels, weight=phantom_weight))
             described.append(
                 {
                     "name": "random chest phantoms",
@@ -365,7 +377,7 @@ def register(app: typer.Typer) -> None:
             offset=-500.0 if kind == "CT" else 0.5,
             scale=500.0 if kind == "CT" else 0.5,
             value_range=(0.0, 0.0),
-            pixel_mm_range=(low, high),
+            pixel_mm_range=(finest, high),
             shape=(size, size),
             sigma_range=TrainConfig.sigma_range,
             training_data=tuple(described),
@@ -380,6 +392,7 @@ def register(app: typer.Typer) -> None:
             crop=crop,
             whole=whole,
             whole_from=whole_from,
+            fine=fine,
             lr=learning_rate,
             seed=seed,
             bfloat16=bfloat16,
@@ -388,7 +401,7 @@ def register(app: typer.Typer) -> None:
             done = fit(
                 sets,
                 held,
-                NetworkConfig(widths=shape, pixel_mm=round(math.sqrt(low * high), 2)),
+                NetworkConfig(widths=shape, pixel_mm=round(math.sqrt(finest * high), 2)),
                 config,
                 card,
                 run or out.with_suffix(".run"),

@@ -52,6 +52,8 @@ class TrainConfig:
         crop: side of crops.
         whole: share of steps on whole images.
         whole_from: share of the run after which all steps are on whole images.
+        fine: share of steps on the grid of twice the side and half the pixel size, drawn from
+            the images that are fine enough for it.
         lr: learning rate of Adam after ``warmup`` steps; over the last ``decay`` share of the run
             it falls linearly to zero.
         warmup: steps.
@@ -78,6 +80,7 @@ class TrainConfig:
     crop: int = 128
     whole: float = 0.25
     whole_from: float = 0.8
+    fine: float = 0.0
     lr: float = 1e-3
     warmup: int = 200
     decay: float = 0.4
@@ -152,6 +155,11 @@ def train(
     run.mkdir(parents=True, exist_ok=True)
     moves = augmentation or Augmentation(size=card.shape[0], pixel_mm=card.pixel_mm_range)
     _check_objective(config, moves)
+    if config.fine and not _fine_enough(sets, moves):
+        raise InputError(
+            f"fine={config.fine:g} needs images with pixels of at most "
+            f"{moves.finer().pixel_mm[1]:g} mm, got none; leave it at 0 or add finer images"
+        )
     held = _validation_batch(validation, moves, config.seed)
     start = draw_batch(sets, moves, 64, None, torch.Generator().manual_seed(config.seed))
     network = dataclasses.replace(network, sigma_data=_std(start, card))
@@ -301,6 +309,13 @@ def _learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * min(1.0, (step + 1) / config.warmup, left)
 
 
+def _fine_enough(sets: Sequence[ImageSet], moves: Augmentation) -> list[ImageSet]:
+    """The images whose own pixels lie within the finer grid's range."""
+    largest = moves.finer().pixel_mm[1]
+    kept = [s.where([p <= largest for p in s.pixel_mm]) for s in sets]
+    return [s for s in kept if len(s)]
+
+
 def _loss(
     net: UNet,
     objective: Objective,
@@ -313,6 +328,8 @@ def _loss(
     device: torch.device,
 ) -> Tensor:
     """Mean loss of the batch of ``step``."""
+    if config.fine and float(torch.rand((), generator=generator)) < config.fine:
+        sets, moves = _fine_enough(sets, moves), moves.finer()
     whole = (
         step >= config.whole_from * config.steps
         or float(torch.rand((), generator=generator)) < config.whole
