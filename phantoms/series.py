@@ -1,4 +1,4 @@
-"""A phantom as the DICOM series that a scanner would have written.
+"""A phantom as the DICOM series that a scanner would have written, or as NIfTI.
 
 The series is complete (every attribute that the CT or MR Image IOD asks for), reproducible to the
 byte, and labelled: synthetic data, quality control image, a patient called PHANTOM.
@@ -6,19 +6,23 @@ byte, and labelled: synthetic data, quality control image, a patient called PHAN
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from inverse.errors import GeometryError, InputError, NumericalError
+from inverse.errors import GeometryError, InputError, NumericalError, UnsupportedError
 from inverse.io.dicom import TOOLKIT, deterministic_uid, write_instances
+from phantoms.tissue import InversionRecovery, Sequence, SpinEcho, SpoiledGradientEcho
 
-__all__ = ["write_phantom_series"]
+__all__ = ["mr_attributes", "phantom_nifti", "write_phantom_series"]
 
 _CT = {
     "SOPClassUID": "1.2.840.10008.5.1.4.1.1.2",
@@ -56,6 +60,7 @@ def write_phantom_series(
     seed: int,
     modality: Literal["CT", "MR"] = "CT",
     body_part: str = "CHEST",
+    attributes: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write a volume as an axial CT or MR series, centred on the patient's origin.
 
@@ -68,7 +73,8 @@ def write_phantom_series(
         spacing_mm: (slice, row, column) spacing.
         seed: the phantom's seed; names the patient and the UIDs.
         modality: ``"CT"`` or ``"MR"``.
-        body_part: body part examined.
+        body_part: body part examined; empty where it is none.
+        attributes: further DICOM attributes by keyword, as of :func:`mr_attributes`.
 
     Returns:
         One path a slice, from the lowest slice up.
@@ -79,13 +85,7 @@ def write_phantom_series(
         InputError: values that the stored range cannot hold.
         OutputError: a folder that is not empty, or cannot be written.
     """
-    volume = np.asarray(volume_hu, dtype=np.float32)
-    if volume.ndim != 3 or 0 in volume.shape:
-        raise GeometryError(f"a phantom series needs a (Z, Y, X) volume, got {volume.shape}")
-    if len(spacing_mm) != 3 or not min(spacing_mm) > 0:
-        raise GeometryError(f"spacing_mm must be three positive lengths, got {spacing_mm}")
-    if not np.isfinite(volume).all():
-        raise NumericalError("the phantom holds NaN or infinite values")
+    volume = _checked(volume_hu, spacing_mm)
     offset, step = (-1024.0, 1.0) if modality == "CT" else (0.0, float(volume.max()) / 4095 or 1.0)
     steps = np.rint((volume.astype(np.float64) - offset) / step)
     if steps.min() < 0 or steps.max() > 65535:
@@ -95,7 +95,86 @@ def write_phantom_series(
         )
     pixels = steps.astype(np.uint16)
     headers = _headers(pixels, spacing_mm, seed, modality, body_part)
-    return write_instances(out_dir, headers, pixels)
+    return write_instances(out_dir, ({**h, **(attributes or {})} for h in headers), pixels)
+
+
+def mr_attributes(sequence: Sequence, field: float) -> dict[str, Any]:
+    """How an MR image was acquired, by DICOM keyword.
+
+    Args:
+        sequence: spin echo, spoiled gradient echo or inversion recovery.
+        field: tesla.
+    """
+    about: dict[str, Any] = {"MagneticFieldStrength": field}
+    if isinstance(sequence, SpoiledGradientEcho):
+        about |= {"ScanningSequence": "GR", "SequenceVariant": "SP"}
+        about["FlipAngle"] = round(math.degrees(sequence.flip), 6)
+    elif isinstance(sequence, InversionRecovery):
+        about |= {"ScanningSequence": ["SE", "IR"], "InversionTime": round(sequence.ti, 3)}
+    if isinstance(sequence, SpinEcho | SpoiledGradientEcho | InversionRecovery):
+        about |= {"RepetitionTime": sequence.tr, "EchoTime": sequence.te}
+    return about
+
+
+def phantom_nifti(
+    volume: NDArray[np.float32],
+    spacing_mm: tuple[float, float, float],
+    *,
+    modality: Literal["CT", "MR"] = "CT",
+    unit: str | None = None,
+    compress: bool = True,
+) -> tuple[bytes, bytes]:
+    """A volume as a NIfTI-1 file and its JSON sidecar, centred on the origin.
+
+    Equal arguments give equal bytes.
+
+    Args:
+        volume: ``(Z, Y, X)``; HU for CT, signal for MR; x to the left, y to the back.
+        spacing_mm: (slice, row, column) spacing.
+        modality: ``"CT"`` or ``"MR"``.
+        unit: of the values, default HU for CT and signal for MR.
+        compress: as ``.nii.gz``.
+
+    Raises:
+        GeometryError: a volume that is not three-dimensional, a spacing that is not positive.
+        NumericalError: NaN or infinite values.
+        UnsupportedError: nibabel is not installed.
+    """
+    try:
+        import nibabel
+    except ImportError:
+        raise UnsupportedError(
+            "writing NIfTI needs nibabel; install the extra 'formats', or write DICOM"
+        ) from None
+    array = _checked(volume, spacing_mm)
+    z, y, x = array.shape
+    dz, dy, dx = spacing_mm
+    # NIfTI's axes point to the right, the front and the head: x and y turn round.
+    affine = np.diag([-dx, -dy, dz, 1.0])
+    affine[:3, 3] = [dx * (x - 1) / 2, dy * (y - 1) / 2, -dz * (z - 1) / 2]
+    image = nibabel.Nifti1Image(array.transpose(2, 1, 0), affine)
+    image.header.set_xyzt_units("mm")
+    image.header["descrip"] = b"Synthetic phantom, no patient"
+    about = {
+        "Modality": modality,
+        "Units": unit or ("HU" if modality == "CT" else "signal"),
+        "SyntheticData": True,
+        "GeneratedBy": [{"Name": TOOLKIT}],
+    }
+    content = image.to_bytes()
+    packed = gzip.compress(content, mtime=0) if compress else content
+    return packed, json.dumps(about, indent=2).encode()
+
+
+def _checked(volume: NDArray[np.float32], spacing_mm: tuple[float, ...]) -> NDArray[np.float32]:
+    array = np.asarray(volume, dtype=np.float32)
+    if array.ndim != 3 or 0 in array.shape:
+        raise GeometryError(f"a phantom series needs a (Z, Y, X) volume, got {array.shape}")
+    if len(spacing_mm) != 3 or not min(spacing_mm) > 0:
+        raise GeometryError(f"spacing_mm must be three positive lengths, got {spacing_mm}")
+    if not np.isfinite(array).all():
+        raise NumericalError("the phantom holds NaN or infinite values")
+    return array
 
 
 def _headers(
@@ -140,7 +219,7 @@ def _headers(
             "ContentDate": date,
             "ContentTime": time,
             "InstanceNumber": k + 1,
-            "BodyPartExamined": body_part,
+            **({"BodyPartExamined": body_part} if body_part else {"Laterality": None}),
             "PatientPosition": "HFS",
             "PositionReferenceIndicator": None,
             "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],

@@ -16,7 +16,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Self
@@ -27,7 +27,15 @@ from scipy.special import j1
 
 from inverse.errors import GeometryError
 
-__all__ = ["Ellipses", "Ellipsoids", "rotation_matrix", "shepp_logan", "shepp_logan_3d"]
+__all__ = [
+    "Ellipses",
+    "Ellipsoids",
+    "fft_samples",
+    "rotation_matrix",
+    "shepp_logan",
+    "shepp_logan_3d",
+    "shepp_logan_schabel",
+]
 
 Float = NDArray[np.float64]
 
@@ -282,34 +290,8 @@ class Ellipses(_Shapes):
     def fft(
         self, shape: tuple[int, int], pixel_mm: float | tuple[float, float]
     ) -> NDArray[np.complex64]:
-        """Samples that the centred orthonormal FFT of a fine image tends to.
-
-        The discrete transform sums over pixels instead of integrating, hence the factor
-        `1/(px py sqrt(H W))`; and it counts from pixel N//2, while coordinates count from the
-        grid centre (N-1)/2, hence half a pixel of phase for even N. Unlike the FFT of an image,
-        these samples are those of a continuous object: band-limiting them gives Gibbs ringing,
-        as a scanner does.
-
-        Args:
-            shape: rows H and columns W.
-            pixel_mm: pixel size in mm, or (row, column) sizes.
-
-        Returns:
-            (H, W) complex64; zero frequency at (H//2, W//2).
-        """
-        height, width, py, px = _grid(shape, pixel_mm)
-        ky = (np.arange(height) - height // 2) / (height * py)
-        kx = (np.arange(width) - width // 2) / (width * px)
-        moved = Ellipses(
-            self.value,
-            self.x + px * ((width - 1) / 2 - width // 2),
-            self.y + py * ((height - 1) / 2 - height // 2),
-            self.a,
-            self.b,
-            self.angle,
-        )
-        samples = moved.kspace(kx[None, :], ky[:, None])
-        return (samples / (px * py * np.sqrt(height * width))).astype(np.complex64)
+        """Samples that the centred orthonormal FFT of a fine image tends to; `fft_samples`."""
+        return fft_samples(self.kspace, shape, pixel_mm)
 
 
 @dataclass(frozen=True, eq=False)
@@ -510,6 +492,61 @@ class Ellipsoids(_Shapes):
             out[part] = (np.sqrt(np.maximum(squared - cross, 0)) / squared) @ (2 * self.value)
         return out.reshape(shape)
 
+    def kspace(self, kx: ArrayLike, ky: ArrayLike, kz: ArrayLike) -> NDArray[np.complex128]:
+        """Continuous Fourier transform `F(k) = int f(r) exp(-2 pi i k.r) dr`.
+
+        One ellipsoid gives `value (4/3) pi abc g(2 pi q) exp(-2 pi i k.c)` with q the length of k
+        in the ellipsoid's axes and `g(t) = 3 (sin t - t cos t)/t^3`, 1 at t = 0 (Koay 2007).
+
+        Args:
+            kx: (*k,) cycles per mm along columns.
+            ky: (*k,) cycles per mm along rows.
+            kz: (*k,) cycles per mm along slices.
+
+        Returns:
+            (*k,) complex128, value times mm^3.
+        """
+        parts = np.broadcast_arrays(*(np.asarray(k, np.float64) for k in (kx, ky, kz)))
+        shape, k = parts[0].shape, np.stack([part.reshape(-1) for part in parts], axis=1)
+        scaled = np.moveaxis(self.rotation * self.axes[:, None, :], 0, 2)  # (3, axis, n)
+        mass = self.value * np.prod(self.axes, axis=1) * (4 / 3 * np.pi)
+        out = np.zeros(len(k), dtype=np.complex128)
+        for part in _chunks(len(k), 4 * len(self)):
+            along = [k[part] @ scaled[:, j] for j in range(3)]
+            t = 2 * np.pi * np.sqrt(along[0] ** 2 + along[1] ** 2 + along[2] ** 2)
+            phase = np.exp(-2j * np.pi * (k[part] @ self.centre.T))
+            out[part] = (_ball(t) * phase) @ mass
+        return out.reshape(shape)
+
+
+def fft_samples(
+    kspace: Callable[[Float, Float], NDArray[np.complex128]],
+    shape: tuple[int, int],
+    pixel_mm: float | tuple[float, float],
+) -> NDArray[np.complex64]:
+    """Samples of a Fourier transform that the centred orthonormal FFT of a fine image tends to.
+
+    The discrete transform sums over pixels instead of integrating, hence the factor
+    `1/(px py sqrt(H W))`; and it counts from pixel N//2, while coordinates count from the grid
+    centre (N-1)/2, hence half a pixel of phase for even N. Unlike the FFT of an image, these
+    samples are those of a continuous object: band-limiting them gives Gibbs ringing, as a scanner
+    does.
+
+    Args:
+        kspace: the continuous transform of (kx, ky) in cycles per mm.
+        shape: rows H and columns W.
+        pixel_mm: pixel size in mm, or (row, column) sizes.
+
+    Returns:
+        (H, W) complex64; zero frequency at (H//2, W//2).
+    """
+    height, width, py, px = _grid(shape, pixel_mm)
+    ky = ((np.arange(height) - height // 2) / (height * py))[:, None]
+    kx = ((np.arange(width) - width // 2) / (width * px))[None, :]
+    x, y = px * ((width - 1) / 2 - width // 2), py * ((height - 1) / 2 - height // 2)
+    samples = kspace(kx, ky) * np.exp(-2j * np.pi * (kx * x + ky * y))
+    return np.asarray(samples / (px * py * np.sqrt(height * width)), dtype=np.complex64)
+
 
 def rotation_matrix(
     about_z: ArrayLike, about_y: ArrayLike = 0.0, about_x: ArrayLike = 0.0
@@ -576,6 +613,22 @@ _KAK_SLANEY_VALUES = {
     "modified": np.array([1.0, -0.8, -0.2, -0.2, 0.2, 0.2, 0.1, 0.1, 0.2, -0.2]),
 }
 
+# Columns: value, semi-axes, x, y (upwards), z, and two angles about z in degrees.
+_SCHABEL = np.array(
+    [
+        [1.0, 0.6900, 0.920, 0.810, 0.00, 0.0000, 0.00, 0, 0],
+        [-0.8, 0.6624, 0.874, 0.780, 0.00, -0.0184, 0.00, 0, 0],
+        [-0.2, 0.1100, 0.310, 0.220, 0.22, 0.0000, 0.00, -18, 10],
+        [-0.2, 0.1600, 0.410, 0.280, -0.22, 0.0000, 0.00, 18, 10],
+        [0.1, 0.2100, 0.250, 0.410, 0.00, 0.3500, -0.15, 0, 0],
+        [0.1, 0.0460, 0.046, 0.050, 0.00, 0.1000, 0.25, 0, 0],
+        [0.1, 0.0460, 0.046, 0.050, 0.00, -0.1000, 0.25, 0, 0],
+        [0.1, 0.0460, 0.023, 0.050, -0.08, -0.6050, 0.00, 0, 0],
+        [0.1, 0.0230, 0.023, 0.020, 0.00, -0.6060, 0.00, 0, 0],
+        [0.1, 0.0230, 0.046, 0.020, 0.06, -0.6050, 0.00, 0, 0],
+    ]
+)
+
 
 def shepp_logan(
     field_mm: float, contrast: Literal["original", "modified"] = "modified"
@@ -619,6 +672,24 @@ def shepp_logan_3d(
     )
 
 
+def shepp_logan_schabel(field_mm: float) -> Ellipsoids:
+    """The ten-ellipsoid head that is widely used as "modified Shepp-Logan" in three dimensions.
+
+    Toft's contrasts on ellipsoids whose section z = 0 resembles the head in the plane. As in the
+    published program the centre turns with its ellipsoid, and the two angles about z add.
+
+    Args:
+        field_mm: side of the cube that the tabulated interval [-1, 1] fills, mm.
+
+    Source: M. Schabel, "3D Shepp-Logan phantom", MATLAB Central File Exchange 9416 (2006).
+    """
+    value, a, b, c, x, y, z, phi, psi = _SCHABEL.T
+    half, angle = _half_field(field_mm), np.deg2rad(phi + psi)
+    turn = rotation_matrix(-angle)
+    centre = np.einsum("nij,nj->ni", turn, np.stack([x, -y, z], axis=1))
+    return Ellipsoids(value, half * centre, half * np.stack([a, b, c], axis=1), turn)
+
+
 def _half_field(field_mm: float) -> float:
     if not field_mm > 0:
         raise GeometryError(f"field_mm is {field_mm}, expected a length above 0 mm.")
@@ -636,6 +707,14 @@ def _jinc(argument: Float) -> Float:
     small = argument < 1e-4
     safe = np.where(small, 1.0, argument)
     return np.where(small, 1 - argument**2 / 8, 2 * j1(safe) / safe)
+
+
+def _ball(argument: Float) -> Float:
+    """`3 (sin t - t cos t)/t^3`, 1 at t = 0."""
+    small = argument < 1e-2
+    t = np.where(small, 1.0, argument)
+    series = 1 - argument**2 / 10 * (1 - argument**2 / 28)
+    return np.where(small, series, 3 * (np.sin(t) - t * np.cos(t)) / t**3)
 
 
 def _grid(

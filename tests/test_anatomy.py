@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from inverse.errors import InputError
-from phantoms.anatomy import AIR_HU, Anatomy, head, thorax
+from phantoms.anatomy import AIR_HU, Anatomy, abdomen, head, thorax
 
 
 def hu(body: Anatomy, z: float, size: int = 256, pixel: float = 1.6) -> np.ndarray:
@@ -18,7 +18,7 @@ def chests() -> list[Anatomy]:
     return [thorax(seed) for seed in range(4)]
 
 
-@pytest.mark.parametrize("make", [thorax, head])
+@pytest.mark.parametrize("make", [thorax, abdomen, head])
 def test_same_seed_same_body(make):
     first, second, other = make(11), make(11), make(12)
     for name in ("value", "centre", "axes", "rotation"):
@@ -71,7 +71,7 @@ def test_spine_is_at_the_back_and_heart_at_the_left(chests):
         assert lung[:, :128].sum() > 0.95 * lung[:, 128:].sum()
 
 
-@pytest.mark.parametrize("make", [thorax, head])
+@pytest.mark.parametrize("make", [thorax, abdomen, head])
 def test_lesions_lie_where_listed_with_their_contrast(make):
     for seed in range(2):
         body, healthy = make(seed), make(seed, lesions=False)
@@ -103,6 +103,38 @@ def test_soft_tissue_lesions_are_of_low_contrast(chests):
 
 def thorax_value(chest: Anatomy, points) -> np.ndarray:
     return chest.at(points) + AIR_HU
+
+
+def test_abdomens_have_their_organs():
+    for seed in range(3):
+        body = abdomen(seed)
+        assert {lesion.site for lesion in body.lesions} <= {"liver", "kidney"}
+        for z in (-40.0, 0.0, 40.0):
+            image = hu(body, z)
+            assert image.min() > AIR_HU - 1
+            assert image.max() < 1200
+            assert np.mean((image > -125) & (image < -80)) > 0.04  # fat
+            assert np.mean((image > 20) & (image < 260)) > 0.08  # organs, muscle, blood
+            assert np.sum(image > 250) > 30  # the spine
+            np.testing.assert_allclose(image[:6], AIR_HU, atol=1e-2)
+        liver = hu(body, 45.0)[:, :128] > 40
+        assert liver.sum() > 1.2 * (hu(body, 45.0)[:, 128:] > 40).sum()  # on the right
+
+
+@pytest.mark.parametrize(
+    ("make", "parts", "value", "centre"),
+    [
+        (thorax, 8011, 5088975.719870513, 1416420.8439521128),
+        (head, 605, -9172.436263875823, 43033.8305188086),
+    ],
+    ids=["thorax", "head"],
+)
+def test_bodies_are_those_of_earlier_versions(make, parts, value, centre):
+    """Priors were trained on these bodies, and figures are quoted for them."""
+    body = make(7)
+    assert len(body) == parts
+    np.testing.assert_allclose(body.value.sum(), value, rtol=1e-9)
+    np.testing.assert_allclose(np.abs(body.centre).sum(), centre, rtol=1e-9)
 
 
 def test_sections_have_vessels(chests):

@@ -19,6 +19,7 @@ ALLOWED = {
     "priors": {"errors", "sde"},
     "sampling": {"errors", "sde", "priors"},
     "training": {"errors", "sde", "priors", "io"},
+    "bridges": {"errors", "sde", "priors", "operators"},
     "operators": {"errors"},
     "measurement": {"errors", "operators"},
     "classical": {"errors", "operators", "measurement"},

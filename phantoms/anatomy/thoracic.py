@@ -1,240 +1,28 @@
-"""Random chests and heads made of ellipsoids, with lesions at known places.
-
-Values are HU above air: the sum at a point, less 1000, is its HU. Because values add, each
-organ lies wholly inside its container and apart from its siblings, and stores the difference to
-its container; candidates that would cross a neighbour shrink until they do not. The bodies are
-cartoons: they have a body's scales, contrasts and clutter, not its shapes.
-
-Coordinates are millimetres: x to the patient's left, y to the back, z to the head.
-"""
+"""Random chests."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial import cKDTree
 
-from inverse.errors import InputError
+from phantoms.anatomy.builder import (
+    Anatomy,
+    Builder,
+    Float,
+    Lesion,
+    Organ,
+    along,
+    fits,
+    generator,
+    xyz,
+)
 from phantoms.shapes import Ellipsoids, rotation_matrix
 
-__all__ = ["AIR_HU", "Anatomy", "Lesion", "head", "thorax"]
-
-Float = NDArray[np.float64]
-
-AIR_HU = -1000.0
-
-
-@dataclass(frozen=True)
-class Lesion:
-    """A planted ball.
-
-    Args:
-        site: the tissue that holds it.
-        centre: (x, y, z) mm.
-        radius: mm.
-        contrast: value added to the tissue around it: HU, or signal in an MR contrast.
-    """
-
-    site: str
-    centre: tuple[float, float, float]
-    radius: float
-    contrast: float
-
-
-@dataclass(frozen=True, eq=False)
-class Anatomy(Ellipsoids):
-    """Ellipsoids in HU above air, and the lesions among them."""
-
-    lesions: tuple[Lesion, ...] = ()
-
-
-def _sphere(count: int) -> Float:
-    """`count` nearly uniform points of the unit sphere (Fibonacci lattice)."""
-    k = np.arange(count) + 0.5
-    z = 1 - 2 * k / count
-    phi = k * np.pi * (3 - np.sqrt(5))
-    r = np.sqrt(1 - z * z)
-    return np.stack([r * np.cos(phi), r * np.sin(phi), z], axis=1)
-
-
-_SPHERE = _sphere(400)
-
-
-@dataclass
-class _Organ:
-    """One ellipsoid of constant HU, before its container's HU is subtracted."""
-
-    hu: float
-    centre: Float
-    axes: Float
-    rotation: Float = field(default_factory=lambda: np.eye(3))
-
-    def reach(self, points: Float, margin: float = 0.0) -> Float:
-        """Norm in the ellipsoid's axes, each `margin` mm longer: at most 1 inside."""
-        u = (points - self.centre) @ (self.rotation / (self.axes + margin))
-        return np.asarray(np.sqrt(np.einsum("pi,pi->p", u, u)))
-
-    @cached_property
-    def surface(self) -> Float:
-        """(400, 3) points of the boundary."""
-        return self.centre + (_SPHERE * self.axes) @ self.rotation.T
-
-    def section(self, z: float) -> tuple[float, float, float, float]:
-        """Bounding box of the section at z: centre (x, y) and half widths.
-
-        Heights beyond the organ give its last section.
-        """
-        reach = 0.95 * float(np.hypot.reduce(self.rotation[2] * self.axes))
-        z = float(np.clip(z, self.centre[2] - reach, self.centre[2] + reach))
-        one = Ellipsoids(np.ones(1), self.centre[None], self.axes[None], self.rotation[None])
-        cut = one.slice(z)
-        a, b, t = cut.a[0], cut.b[0], cut.angle[0]
-        return (
-            float(cut.x[0]),
-            float(cut.y[0]),
-            float(np.hypot(a * np.cos(t), b * np.sin(t))),
-            float(np.hypot(a * np.sin(t), b * np.cos(t))),
-        )
-
-
-class _Builder:
-    """Collects ellipsoids; knows how to keep one inside a container and clear of others."""
-
-    def __init__(self, air: float = AIR_HU) -> None:
-        self._air = air
-        self._value: list[Float] = []
-        self._centre: list[Float] = []
-        self._axes: list[Float] = []
-        self._rotation: list[Float] = []
-
-    def add(self, value: ArrayLike, centre: Float, axes: Float, rotation: Float) -> None:
-        """Add ellipsoids of a value: (n,), (n, 3), (n, 3) and (n, 3, 3)."""
-        centre = np.atleast_2d(centre)
-        n = centre.shape[0]
-        self._value.append(np.broadcast_to(np.asarray(value, np.float64), (n,)))
-        self._centre.append(centre)
-        self._axes.append(np.broadcast_to(np.asarray(axes, np.float64), (n, 3)))
-        self._rotation.append(np.broadcast_to(rotation, (n, 3, 3)))
-
-    def organ(
-        self,
-        hu: float,
-        inside: _Organ | None,
-        centre: Sequence[float] | Float,
-        axes: Sequence[float] | Float,
-        rotation: Float | None = None,
-    ) -> _Organ:
-        """Add an organ where the caller knows that it fits."""
-        made = _Organ(
-            hu,
-            np.asarray(centre, dtype=np.float64),
-            np.asarray(axes, dtype=np.float64),
-            np.eye(3) if rotation is None else rotation,
-        )
-        self.add(
-            hu - (self._air if inside is None else inside.hu),
-            made.centre,
-            made.axes,
-            made.rotation,
-        )
-        return made
-
-    def fitted(
-        self,
-        hu: float,
-        inside: _Organ,
-        clear: Sequence[_Organ],
-        centre: Sequence[float] | Float,
-        axes: Sequence[float] | Float,
-        rotation: Float | None = None,
-        span: float = 130.0,
-        margin: float = 0.5,
-        shrink: tuple[float, float, float] = (0.94, 0.94, 0.97),
-    ) -> _Organ | None:
-        """Add an organ, shrunk until it lies inside and clear for |z| < span; None: no room."""
-        trial = _Organ(
-            hu,
-            np.asarray(centre, dtype=np.float64),
-            np.asarray(axes, dtype=np.float64),
-            np.eye(3) if rotation is None else rotation,
-        )
-        for _ in range(16):
-            if _fits(trial, inside, clear, span, margin):
-                return self.organ(hu, inside, trial.centre, trial.axes, trial.rotation)
-            trial = replace(trial, axes=trial.axes * shrink)
-        return None
-
-    def build(
-        self, lesions: Sequence[Lesion], turn: Float, shift: Float, apart: Ellipsoids | None
-    ) -> Anatomy:
-        """Turn and shift the body as a whole; `apart` (a table) keeps its place."""
-        centre = np.concatenate(self._centre) @ turn.T + shift
-        value = np.concatenate(self._value)
-        axes = np.concatenate(self._axes)
-        rotation = turn @ np.concatenate(self._rotation)
-        if apart is not None:
-            value = np.concatenate([value, apart.value])
-            centre = np.concatenate([centre, apart.centre])
-            axes = np.concatenate([axes, apart.axes])
-            rotation = np.concatenate([rotation, apart.rotation])
-        moved = tuple(
-            replace(lesion, centre=_xyz(turn @ np.asarray(lesion.centre) + shift))
-            for lesion in lesions
-        )
-        return Anatomy(value, centre, axes, rotation, moved)
-
-
-def _fits(
-    trial: _Organ, inside: _Organ, clear: Sequence[_Organ], span: float, margin: float
-) -> bool:
-    surface = trial.surface
-    surface = surface[np.abs(surface[:, 2]) < span]
-    if surface.size == 0 or inside.reach(surface, -margin).max() > 1:
-        return False
-    size = trial.axes.max() + margin
-    for other in clear:
-        if np.linalg.norm(trial.centre - other.centre) > size + other.axes.max():
-            continue
-        if other.reach(surface, margin).min() < 1:
-            return False
-        # The other may lie wholly within the trial.
-        theirs = other.surface
-        theirs = theirs[np.abs(theirs[:, 2]) < span]
-        if theirs.size and trial.reach(theirs, margin).min() < 1:
-            return False
-    return True
-
-
-def _xyz(point: Float) -> tuple[float, float, float]:
-    return float(point[0]), float(point[1]), float(point[2])
-
-
-def _generator(seed: int, stream: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, stream])))
-
-
-def _along(direction: Float) -> Float:
-    """(n, 3, 3) rotations whose first column is the unit direction (n, 3).
-
-    The third column is as near to z as can be, so that flat bodies stand upright.
-    """
-    d = direction / np.linalg.norm(direction, axis=-1, keepdims=True)
-    level = np.hypot(d[:, 0], d[:, 1])
-    safe = np.where(level > 1e-9, level, 1.0)
-    second = np.stack(
-        [
-            np.where(level > 1e-9, -d[:, 1] / safe, 0.0),
-            np.where(level > 1e-9, d[:, 0] / safe, 1.0),
-            np.zeros_like(level),
-        ],
-        axis=-1,
-    )
-    return np.stack([d, second, np.cross(d, second)], axis=-1)
+__all__ = ["soft_texture", "spine", "table", "thorax"]
 
 
 def thorax(seed: int, *, lesions: bool = True) -> Anatomy:
@@ -249,9 +37,9 @@ def thorax(seed: int, *, lesions: bool = True) -> Anatomy:
     Returns:
         Ellipsoids and the lesions' list.
     """
-    rng = _generator(seed, 1)
+    rng = generator(seed, 1)
     u = rng.uniform
-    b = _Builder()
+    b = Builder()
     contrast_agent = rng.random() < 0.45
     bone = u(0.75, 1.25)  # mineral density relative to the average
 
@@ -271,18 +59,18 @@ def thorax(seed: int, *, lesions: bool = True) -> Anatomy:
     muscle = b.organ(u(38, 66), fat_layer, [0, muscle_y, 0], muscle_axes)
     cavity = b.organ(u(-895, -790), muscle, [0, 0, u(-10, 30)], [ax, ay, u(500, 700)])
 
-    in_cavity = _spine(b, rng, bone, muscle, cavity)
-    spine = in_cavity[0]
+    in_cavity = spine(b, rng, bone, muscle, cavity)
+    column = in_cavity[0]
     _ribs(b, rng, bone, muscle, cavity)
     _shoulder(b, rng, bone, muscle, cavity)
 
     # Mediastinum: one leaning ellipsoid of fat between sternum and spine.
-    depth = ay + spine.centre[1] - spine.axes[1]
+    depth = ay + column.centre[1] - column.axes[1]
     tilt = rotation_matrix(0.0, u(-0.16, -0.02), -u(0.02, 0.08))
     mediastinum = b.fitted(
         u(-110, -20),
         cavity,
-        [spine],
+        [column],
         [u(6, 20), -ay + depth / 2, u(-70, -45)],
         [ax * u(0.42, 0.56), depth / 2, u(185, 240)],
         tilt,
@@ -296,25 +84,25 @@ def thorax(seed: int, *, lesions: bool = True) -> Anatomy:
 
     vessel_points = _vessels(b, rng, contrast_agent, cavity, mediastinum, in_cavity)
     _lung_texture(b, rng, cavity, in_cavity)
-    _soft_texture(b, rng, body, fat_layer, muscle, cavity)
+    soft_texture(b, rng, body, fat_layer, muscle, cavity)
 
     planted: list[Lesion] = []
     if lesions:
-        planted = _chest_lesions(b, _generator(seed, 2), cavity, in_cavity, muscle, vessel_points)
+        planted = _chest_lesions(b, generator(seed, 2), cavity, in_cavity, muscle, vessel_points)
 
     turn = rotation_matrix(rng.normal(0, 0.05), rng.normal(0, 0.03), rng.normal(0, 0.03))
     shift = np.array([rng.normal(0, 6), rng.normal(0, 6) - fat_y, 0.0])
     bottom = fat_axes[1] + skin + abs(shift[1] + fat_y) + 14
-    apart = _table(rng, bottom) if rng.random() < 0.85 else None
+    apart = table(rng, bottom) if rng.random() < 0.85 else None
     arms = _arms(rng, fat_axes[0] + skin, fat) if rng.random() < 0.2 else None
     if arms is not None:
         apart = arms if apart is None else apart + arms
     return b.build(planted, turn, shift, apart)
 
 
-def _spine(
-    b: _Builder, rng: np.random.Generator, bone: float, muscle: _Organ, cavity: _Organ
-) -> list[_Organ]:
+def spine(
+    b: Builder, rng: np.random.Generator, bone: float, muscle: Organ, cavity: Organ
+) -> list[Organ]:
     """Vertebral bodies inside the cavity's back wall, arches behind it; the prevertebral block."""
     u = rng.uniform
     ay = cavity.axes[1]
@@ -374,9 +162,7 @@ def _spine(
     return [block]
 
 
-def _ribs(
-    b: _Builder, rng: np.random.Generator, bone: float, muscle: _Organ, cavity: _Organ
-) -> None:
+def _ribs(b: Builder, rng: np.random.Generator, bone: float, muscle: Organ, cavity: Organ) -> None:
     """Chains of needles around the cavity that sink towards the front, ending in cartilage."""
     u = rng.uniform
     gap = u(7.0, 9.0)
@@ -404,7 +190,7 @@ def _ribs(
             step = np.diff(points, axis=0)
             half = np.linalg.norm(step, axis=1) / 2
             bony = np.arange(segments) < segments - rng.integers(2, 4)
-            rotation = _along(step)
+            rotation = along(step)
             axes = np.stack(
                 [half * 1.08, np.full(segments, thick), np.full(segments, tall)], axis=1
             )
@@ -419,7 +205,7 @@ def _ribs(
 
 
 def _shoulder(
-    b: _Builder, rng: np.random.Generator, bone: float, muscle: _Organ, cavity: _Organ
+    b: Builder, rng: np.random.Generator, bone: float, muscle: Organ, cavity: Organ
 ) -> None:
     """Scapulae in the wall behind the ribs, and the sternum."""
     u = rng.uniform
@@ -431,7 +217,7 @@ def _shoulder(
             [side * (ax + outward) * np.cos(p), (ay + outward) * np.sin(p), u(35, 60)]
         )
         tangent = np.array([[-side * (ax + outward) * np.sin(p), (ay + outward) * np.cos(p), 0]])
-        rotation = _along(tangent)[0] @ rotation_matrix(u(-0.1, 0.1), 0, u(-0.1, 0.1))
+        rotation = along(tangent)[0] @ rotation_matrix(u(-0.1, 0.1), 0, u(-0.1, 0.1))
         axes = np.array([u(26, 36), u(2.4, 3.4), u(60, 80)])
         blade = b.fitted(u(350, 560) * bone, muscle, [cavity], centre, axes, rotation, margin=11.0)
         if blade is not None:
@@ -474,7 +260,7 @@ def _shoulder(
 
 
 def _mediastinal_organs(
-    b: _Builder, rng: np.random.Generator, contrast_agent: bool, mediastinum: _Organ
+    b: Builder, rng: np.random.Generator, contrast_agent: bool, mediastinum: Organ
 ) -> None:
     """Heart with chambers below, great vessels, airways and oesophagus above."""
     u = rng.uniform
@@ -482,7 +268,7 @@ def _mediastinal_organs(
     blood_left = u(150, 330) if contrast_agent else u(32, 52)
     blood_right = blood_left + (u(-60, 90) if contrast_agent else 0.0)
     wall = u(40, 110) if contrast_agent else u(40, 60)
-    organs: list[_Organ] = []
+    organs: list[Organ] = []
 
     def spot(z: float, fx: float, fy: float) -> Float:
         x, y, hx, hy = mediastinum.section(z)
@@ -490,7 +276,7 @@ def _mediastinal_organs(
 
     def put(
         hu: float, z: float, fx: float, fy: float, axes: Sequence[float], turn: Float = lean
-    ) -> _Organ | None:
+    ) -> Organ | None:
         made = b.fitted(hu, mediastinum, organs, spot(z, fx, fy), axes, turn, 150, 0.8)
         if made is not None:
             organs.append(made)
@@ -508,7 +294,7 @@ def _mediastinal_organs(
         lean @ rotation_matrix(u(-0.5, 0.1)),
     )
     if heart is not None:
-        rooms: list[_Organ] = []
+        rooms: list[Organ] = []
         a = heart.axes
         for blood, at, size, angle in (
             (blood_left, (0.44, 0.1, -0.05), (0.40, 0.56, 0.75), u(-0.7, -0.2)),
@@ -532,7 +318,7 @@ def _mediastinal_organs(
     # Airways: the trachea above, two bronchi at its fork.
     carina = u(5, 25)
     radius = u(7.5, 10.5)
-    airway: list[_Organ | None] = [
+    airway: list[Organ | None] = [
         put(u(20, 50), carina + 62, 0.0, u(0.42, 0.52), [radius + 2, radius + 1.5, 64])
     ]
     for side in (-1, 1):
@@ -601,16 +387,16 @@ def _mediastinal_organs(
 
 
 def _neighbours(
-    b: _Builder,
+    b: Builder,
     rng: np.random.Generator,
     contrast_agent: bool,
-    cavity: _Organ,
-    placed: Sequence[_Organ],
-) -> list[_Organ]:
+    cavity: Organ,
+    placed: Sequence[Organ],
+) -> list[Organ]:
     """What else bulges into the lungs: descending aorta, anterior junction, diaphragm domes."""
     u = rng.uniform
     spine, mediastinum = placed[0], placed[1]
-    made: list[_Organ] = []
+    made: list[Organ] = []
     radius = u(10, 14.5)
     blood = u(150, 320) if contrast_agent else u(34, 50)
     for lean in np.linspace(0.15, 1.4, 14):
@@ -621,8 +407,8 @@ def _neighbours(
                 -55,
             ]
         )
-        trial = _Organ(blood, at, np.array([radius, radius, 150.0]))
-        if _fits(trial, cavity, [*placed], 120, 0.3):
+        trial = Organ(blood, at, np.array([radius, radius, 150.0]))
+        if fits(trial, cavity, [*placed], 120, 0.3):
             aorta = b.organ(blood, cavity, at, trial.axes)
             made.append(aorta)
             if rng.random() < 0.5:  # calcified wall
@@ -672,7 +458,7 @@ def _neighbours(
         )
         if dome is not None:
             made.append(dome)
-            inner: list[_Organ] = []
+            inner: list[Organ] = []
             for _ in range(30):
                 unit = rng.normal(size=3)
                 unit *= 0.8 / np.linalg.norm(unit)
@@ -690,7 +476,7 @@ def _neighbours(
 
 
 def _in_lung(
-    points: Float, cavity: _Organ, placed: Sequence[_Organ], margin: ArrayLike
+    points: Float, cavity: Organ, placed: Sequence[Organ], margin: ArrayLike
 ) -> NDArray[np.bool_]:
     """Whether points lie in the cavity and outside all that fills it, `margin` mm from each."""
     m = np.broadcast_to(np.asarray(margin, np.float64), points.shape[:1])
@@ -702,12 +488,12 @@ def _in_lung(
 
 
 def _vessels(
-    b: _Builder,
+    b: Builder,
     rng: np.random.Generator,
     contrast_agent: bool,
-    cavity: _Organ,
-    mediastinum: _Organ,
-    placed: Sequence[_Organ],
+    cavity: Organ,
+    mediastinum: Organ,
+    placed: Sequence[Organ],
 ) -> tuple[Float, Float]:
     """Pulmonary trees from both hila; returns points on them and the radius at each."""
     u = rng.uniform
@@ -776,7 +562,7 @@ def _vessels(
             lost = np.unique(np.max(owner[pairs[close]], axis=1, initial=-1))
             keep = np.delete(keep, lost[lost >= 0])
         axes = np.stack([length / 2, r, r], axis=1)[keep]
-        b.add(blood - cavity.hu, middle[keep], axes, _along(new[keep]))
+        b.add(blood - cavity.hu, middle[keep], axes, along(new[keep]))
         total += keep.size
         known = np.concatenate([known, samples[keep].reshape(-1, 3)])
         known_radius = np.concatenate([known_radius, profile[keep].reshape(-1)])
@@ -786,7 +572,7 @@ def _vessels(
 
 
 def _lung_texture(
-    b: _Builder, rng: np.random.Generator, cavity: _Organ, placed: Sequence[_Organ]
+    b: Builder, rng: np.random.Generator, cavity: Organ, placed: Sequence[Organ]
 ) -> None:
     """Faint density changes of the lung, its fissures, and in some chests disease."""
     u = rng.uniform
@@ -832,13 +618,13 @@ def _lung_texture(
             )
 
 
-def _soft_texture(
-    b: _Builder,
+def soft_texture(
+    b: Builder,
     rng: np.random.Generator,
-    body: _Organ,
-    fat_layer: _Organ,
-    muscle: _Organ,
-    cavity: _Organ,
+    body: Organ,
+    fat_layer: Organ,
+    muscle: Organ,
+    cavity: Organ,
 ) -> None:
     """Fat planes in muscle, septa in fat, and faint mottle throughout."""
     u = rng.uniform
@@ -859,7 +645,7 @@ def _soft_texture(
         [-muscle.axes[0] * np.sin(t), muscle.axes[1] * np.cos(t), u(-20, 20, n)]
     )
     axes = np.column_stack([u(4, 16, n), u(0.4, 1.6, n), u(6, 40, n)])
-    turn = _along(ahead) @ rotation_matrix(rng.normal(0, 0.25, n))
+    turn = along(ahead) @ rotation_matrix(rng.normal(0, 0.25, n))
     ends = at[:, None] + turn[:, :, 0][:, None] * (axes[:, 0][:, None] * [-1, 1])[:, :, None]
     good = (
         (muscle.reach(ends.reshape(-1, 3), -2).reshape(n, 2) < 1)
@@ -873,7 +659,7 @@ def _soft_texture(
     centre_y = (fat_layer.centre[1] + muscle.centre[1]) / 2
     at = np.column_stack([mid[0] * np.cos(t), centre_y + mid[1] * np.sin(t), u(-150, 150, n)])
     ahead = np.column_stack([-mid[0] * np.sin(t), mid[1] * np.cos(t), u(-20, 20, n)])
-    turn = _along(ahead) @ rotation_matrix(rng.normal(0, 0.15, n))
+    turn = along(ahead) @ rotation_matrix(rng.normal(0, 0.15, n))
     axes = np.column_stack([u(2, 14, n), u(0.3, 1.0, n), u(2, 25, n)])
     ends = at[:, None] + turn[:, :, 0][:, None] * (axes[:, 0][:, None] * [-1, 1])[:, :, None]
     good = (
@@ -897,11 +683,11 @@ def _soft_texture(
 
 
 def _chest_lesions(
-    b: _Builder,
+    b: Builder,
     rng: np.random.Generator,
-    cavity: _Organ,
-    placed: Sequence[_Organ],
-    muscle: _Organ,
+    cavity: Organ,
+    placed: Sequence[Organ],
+    muscle: Organ,
     vessels: tuple[Float, Float],
 ) -> list[Lesion]:
     """Nodules clear of vessels in the lungs; faint balls in muscle."""
@@ -911,7 +697,7 @@ def _chest_lesions(
 
     def plant(site: str, centre: Float, radius: float, contrast: float) -> None:
         b.add(contrast, centre, np.full(3, radius), np.eye(3))
-        found.append(Lesion(site, _xyz(centre), float(radius), float(contrast)))
+        found.append(Lesion(site, xyz(centre), float(radius), float(contrast)))
 
     def apart(centre: Float, radius: float) -> bool:
         return all(
@@ -942,18 +728,18 @@ def _chest_lesions(
         angle = u(0, 2 * np.pi)
         wall = muscle.centre[:2] + (muscle.axes[:2] - u(8, 24)) * [np.cos(angle), np.sin(angle)]
         centre = np.append(wall, u(-75, 75))
-        ball = _Organ(0.0, centre, np.full(3, radius))
+        ball = Organ(0.0, centre, np.full(3, radius))
         # Ribs end 15 mm outside the cavity; spine and sternum lie near the midline.
         if (
             abs(centre[0]) > 45
             and apart(centre, radius)
-            and _fits(ball, muscle, [replace(cavity, axes=cavity.axes + 15)], 150, 1.0)
+            and fits(ball, muscle, [replace(cavity, axes=cavity.axes + 15)], 150, 1.0)
         ):
             plant("muscle", centre, radius, float(rng.choice([-1, 1])) * u(20, 60))
     return found
 
 
-def _table(rng: np.random.Generator, y: float) -> Ellipsoids:
+def table(rng: np.random.Generator, y: float) -> Ellipsoids:
     """A couch below the patient: a hollow board, or a thin trough."""
     u = rng.uniform
     if rng.random() < 0.5:
@@ -986,7 +772,7 @@ def _table(rng: np.random.Generator, y: float) -> Ellipsoids:
 def _arms(rng: np.random.Generator, edge: float, fat: float) -> Ellipsoids:
     """Upper arms beside the trunk."""
     u = rng.uniform
-    b = _Builder()
+    b = Builder()
     for side in (-1, 1):
         r = u(34, 44) + fat * 0.4
         tilt = rotation_matrix(u(0, 3), side * u(0.0, 0.08))
@@ -1004,236 +790,3 @@ def _arms(rng: np.random.Generator, edge: float, fat: float) -> Ellipsoids:
         )
         b.organ(u(-60, 120), shaft, shaft.centre, [u(5.5, 7.5), 6.5, 370], tilt)
     return b.build((), np.eye(3), np.zeros(3), None)
-
-
-# Signal of each tissue: CT in HU; T1, T2 and proton density relative to the brightest.
-_HEAD_TISSUES: dict[str, dict[str, float]] = {
-    "ct": {
-        "air": AIR_HU, "skin": 20, "fat": -90, "muscle": 50, "cortex": 1350, "diploe": 550,
-        "csf": 8, "grey": 39, "white": 28, "eye": 12, "lens": 85, "dura": 65, "vessel": 50,
-        "bleed": 72, "oedema": 16, "tumour": 48,
-    },
-    "t1": {
-        "air": 0, "skin": 0.45, "fat": 1.0, "muscle": 0.42, "cortex": 0.04, "diploe": 0.55,
-        "csf": 0.14, "grey": 0.5, "white": 0.74, "eye": 0.16, "lens": 0.4, "dura": 0.3,
-        "vessel": 0.1, "bleed": 0.85, "oedema": 0.42, "tumour": 0.36,
-    },
-    "t2": {
-        "air": 0, "skin": 0.3, "fat": 0.6, "muscle": 0.2, "cortex": 0.03, "diploe": 0.35,
-        "csf": 1.0, "grey": 0.52, "white": 0.36, "eye": 0.97, "lens": 0.15, "dura": 0.15,
-        "vessel": 0.05, "bleed": 0.12, "oedema": 0.75, "tumour": 0.7,
-    },
-    "pd": {
-        "air": 0, "skin": 0.6, "fat": 0.9, "muscle": 0.7, "cortex": 0.06, "diploe": 0.5,
-        "csf": 0.97, "grey": 0.86, "white": 0.72, "eye": 0.95, "lens": 0.6, "dura": 0.4,
-        "vessel": 0.3, "bleed": 0.7, "oedema": 0.93, "tumour": 0.92,
-    },
-}  # fmt: skip
-
-
-def head(
-    seed: int, *, lesions: bool = True, contrast: Literal["ct", "t1", "t2", "pd"] = "ct"
-) -> Anatomy:
-    """Random head.
-
-    Sections at |z| <= 45 mm cross the brain; orbits and sinuses lie about z = -45.
-
-    Args:
-        seed: the same seed gives the same head in every contrast; `lesions` leaves the rest of
-            it unchanged.
-        lesions: plant bleeds, oedemas and tumours.
-        contrast: "ct" in HU above air; "t1", "t2" or "pd" in relative signal, 0 in air.
-
-    Returns:
-        Ellipsoids and the lesions' list.
-    """
-    if contrast not in _HEAD_TISSUES:
-        raise InputError(
-            f"Head contrast is {contrast!r}, expected one of {', '.join(_HEAD_TISSUES)}."
-        )
-    rng = _generator(seed, 3)
-    u = rng.uniform
-    table = _HEAD_TISSUES[contrast]
-    spread = {name: rng.normal(0, 1) for name in table}
-    # Tissues vary by 4 % of their signal; in CT by 2 HU, bone by 10 %.
-    tissue = {
-        name: value
-        + spread[name]
-        * (
-            0.1 * value
-            if value > 500
-            else 0
-            if name == "air"
-            else 2.0
-            if contrast == "ct"
-            else 0.04 * value
-        )
-        for name, value in table.items()
-    }
-    mottle = 1.0 if contrast == "ct" else 1 / 120  # MR signal of one HU of mottle
-    b = _Builder(tissue["air"])
-
-    ax, ay, az = u(62, 70), u(76, 88), u(66, 76)
-    bone_thick, scalp = u(5, 9), u(3, 8)
-    bone_axes = np.array([ax, ay, az]) + bone_thick
-    skin = b.organ(
-        tissue["skin"],
-        None,
-        [0, 0, -35],
-        [bone_axes[0] + scalp + 2, bone_axes[1] + scalp + 3, bone_axes[2] + scalp + 40],
-    )
-    fat = b.organ(tissue["fat"], skin, skin.centre, skin.axes - 2)
-    flesh = b.organ(tissue["muscle"], fat, skin.centre, fat.axes - scalp * u(0.25, 0.5))
-    outer = b.fitted(
-        tissue["cortex"],
-        flesh,
-        [],
-        [0, u(0, 2), 0],
-        bone_axes,
-        span=200,
-        margin=0.3,
-        shrink=(0.99, 0.99, 0.99),
-    )
-    assert outer is not None, "the skull fits into the soft tissue around it"
-    table_mm = bone_thick * u(0.22, 0.34)
-    diploe = b.organ(tissue["diploe"], outer, outer.centre, outer.axes - table_mm)
-    inner = b.organ(
-        tissue["cortex"], diploe, outer.centre, diploe.axes - (bone_thick - 2 * table_mm)
-    )
-    csf = b.organ(tissue["csf"], inner, outer.centre, inner.axes - table_mm)
-    grey = b.organ(tissue["grey"], csf, csf.centre, csf.axes - u(1.5, 4))
-    gx, gy, gz = grey.axes
-
-    inside_grey: list[_Organ] = []
-
-    def brain(
-        name: str,
-        inside: _Organ,
-        siblings: list[_Organ],
-        centre: Sequence[float] | Float,
-        axes: Sequence[float] | Float,
-        rotation: Float | None = None,
-        margin: float = 0.4,
-    ) -> _Organ | None:
-        made = b.fitted(tissue[name], inside, siblings, centre, axes, rotation, 200, margin)
-        if made is not None:
-            siblings.append(made)
-        return made
-
-    brain("dura", grey, inside_grey, [0, 0, gz * 0.5], [0.7, gy * 0.8, gz * 0.42])
-    brain("csf", grey, inside_grey, [0, -gy * 0.05, -2], [u(1.5, 4), u(10, 15), u(9, 13)])
-    for side in (-1, 1):
-        # Brain and ventricles mirror each other but for small differences.
-        hemisphere = brain(
-            "white",
-            grey,
-            inside_grey,
-            [side * gx * u(0.43, 0.46), u(-3, 3), gz * u(0.12, 0.18)],
-            [gx * u(0.33, 0.37), gy * u(0.72, 0.78), gz * u(0.58, 0.66)],
-            rotation_matrix(side * u(0.0, 0.08)),
-            0.3,
-        )
-        if hemisphere is None:
-            continue
-        deep: list[_Organ] = []
-        at, size = hemisphere.centre, hemisphere.axes
-        widen = u(0.8, 1.7)
-        for part, place, half, angle in (
-            ("csf", (-0.62, -0.42, 0.12), (3.6 * widen, 13, 7), -side * u(0.2, 0.45)),
-            ("csf", (-0.5, 0.36, 0.1), (4.2 * widen, 15, 7), side * u(0.2, 0.45)),
-            ("grey", (-0.25, -0.36, 0.02), (4.5, 10, 9), -side * 0.35),
-            ("grey", (-0.55, 0.02, -0.12), (7, 12, 9), side * 0.4),
-            ("grey", (0.22, -0.08, -0.08), (5.5, 16, 11), side * 0.15),
-            ("csf", (0.66, -0.05, -0.1), (1.2, 15, 9), side * 0.1),
-        ):
-            spot = np.array([side * place[0] * size[0], place[1] * size[1], place[2] * size[2]])
-            brain(
-                part,
-                hemisphere,
-                deep,
-                at + spot,
-                np.array(half) * u(0.85, 1.15),
-                rotation_matrix(angle),
-            )
-    for side in (-1, 1):
-        brain(
-            "white",
-            grey,
-            inside_grey,
-            [side * u(17, 21), gy * 0.5, -gz * 0.58],
-            [u(11, 15), u(13, 18), u(8, 11)],
-        )
-    brain("csf", grey, inside_grey, [0, gy * 0.36, -gz * 0.5], [u(4, 7), u(3, 5), u(6, 9)])
-    brain("white", grey, inside_grey, [0, gy * 0.1, -gz * 0.62], [u(10, 12), u(9, 11), 16])
-
-    # Folds: sulci of fluid and gyral cores of white matter, radial in the cortex.
-    points = _sphere(360)
-    points = points[rng.permutation(points.shape[0])]
-    for k, direction in enumerate(points + rng.normal(0, 0.03, points.shape)):
-        sulcus = k % 2 == 0
-        radial = direction / np.linalg.norm(direction)
-        normal = radial / grey.axes
-        depth = u(5, 11) if sulcus else u(3, 6)
-        centre = grey.centre + radial * (grey.axes - depth - (0.8 if sulcus else 4.0))
-        frame = _along(normal[None])[0] @ rotation_matrix(0, 0, u(0, np.pi))
-        fold = [depth, u(0.5, 1.4) if sulcus else u(1.2, 2.4), u(6, 12)]
-        brain("csf" if sulcus else "white", grey, inside_grey, centre, fold, frame, 0.2)
-
-    face: list[_Organ] = [outer]
-    for side in (-1, 1):
-        eye = brain(
-            "eye", flesh, face, [side * u(29, 32), -ay * u(0.84, 0.88), -58], [u(11.2, 12.2)] * 3
-        )
-        if eye is not None:
-            b.organ(
-                tissue["lens"],
-                eye,
-                eye.centre - [0, eye.axes[1] * 0.62, 0],
-                eye.axes * [0.38, 0.18, 0.38],
-            )
-        for cell, bulk in (
-            ((side * u(6, 9), -ay + 4, -48 + u(-4, 4)), (5, 8, u(8, 16))),
-            ((side * u(26, 32), -ay + 14, -88), (u(11, 16), u(12, 17), 14)),
-            ((side * 6, -ay + 20, -84), (3, 20, 12)),
-        ):
-            wall = brain("cortex", flesh, face, np.array(cell), np.array(bulk), margin=1.0)
-            if wall is not None:
-                b.organ(tissue["air"], wall, wall.centre, np.maximum(wall.axes - 1.1, 0.5))
-
-    # Mottle, inside the brain.
-    n = 500
-    at = rng.normal(size=(n, 3))
-    at *= (0.92 * rng.random(n) ** (1 / 3) / np.linalg.norm(at, axis=1))[:, None]
-    axes = np.exp(u(np.log(1.2), np.log(9), (n, 1))) * u(0.6, 1.4, (n, 3))
-    good = grey.reach(grey.centre + at * (grey.axes - 1), -axes.max()) < 1
-    b.add(
-        (rng.normal(0, 1.6, n) * mottle)[good],
-        (grey.centre + at * (grey.axes - 1))[good],
-        axes[good],
-        rotation_matrix(u(0, np.pi, n), u(-1, 1, n))[good],
-    )
-
-    planted: list[Lesion] = []
-    if lesions:
-        own = _generator(seed, 4)
-        wanted = int(own.integers(2, 7))
-        for _ in range(100):
-            if len(planted) == wanted:
-                break
-            name = ("bleed", "oedema", "tumour")[int(own.integers(3))]
-            radius = float(own.uniform(2.5, 11))
-            way = own.normal(size=3)
-            way *= own.uniform(0.2, 0.8) / np.linalg.norm(way)
-            centre = grey.centre + way * (grey.axes - radius)
-            if abs(centre[2]) > 45 or any(
-                np.linalg.norm(centre - np.array(other.centre)) < radius + other.radius + 2
-                for other in planted
-            ):
-                continue
-            step = (tissue[name] - tissue["white"]) * float(own.uniform(0.6, 1.0))
-            b.add(step, centre, np.full(3, radius), np.eye(3))
-            planted.append(Lesion(name, _xyz(centre), radius, step))
-
-    turn = rotation_matrix(rng.normal(0, 0.08), rng.normal(0, 0.03), rng.normal(0, 0.06))
-    shift = np.array([rng.normal(0, 4), rng.normal(0, 4), 0.0])
-    return b.build(planted, turn, shift, None)
