@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,6 +18,9 @@ from recon_cli.options import Json, command
 from recon_cli.output import check_file
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from inverse.priors import NetworkPrior
     from inverse.training.data import ImageSet
 
 _DATA, _NET, _CARD = "Data", "Network and run", "Prior card"
@@ -66,6 +69,32 @@ def _widths(text: str) -> tuple[int, ...]:
     return widths
 
 
+def _range(option: str, text: str, example: str) -> tuple[float, float]:
+    """``MIN:MAX`` of positive numbers."""
+    try:
+        low, high = (float(part) for part in text.split(":"))
+    except ValueError:
+        low = high = 0.0
+    if not 0 < low <= high < math.inf:
+        raise usage(f"{option} '{text}' is not MIN:MAX with 0 < MIN <= MAX, such as {example}")
+    return low, high
+
+
+def _averages(text: str | None) -> tuple[float, ...]:
+    """Relative widths of ``--ema``."""
+    if text is None:
+        return ()
+    try:
+        widths = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        widths = ()
+    if not widths or not all(0 < w < 12**-0.5 for w in widths):
+        raise usage(
+            f"--ema '{text}' must be relative widths between 0 and 0.288, such as 0.04,0.1,0.2"
+        )
+    return widths
+
+
 def _describe(source: _Source, images: ImageSet, licence: str, citation: str) -> dict[str, Any]:
     return {
         "name": source.path.stem,
@@ -74,6 +103,7 @@ def _describe(source: _Source, images: ImageSet, licence: str, citation: str) ->
         "slices": len(images),
         "weight": source.weight,
         "citation": citation or "not stated",
+        **({"left_out": dict(images.skipped)} if images.skipped else {}),
     }
 
 
@@ -122,6 +152,8 @@ def register(app: typer.Typer) -> None:
         recon train --modality ct -o p.safetensors --data a.npz --validation-data b.npz
         recon train --modality ct -o e.safetensors --data a.npz --network energy
         recon train --modality ct -o s.safetensors --data a.npz --objective ssm-vr
+        recon train --modality ct -o p.safetensors --data a.npz --ema 0.04,0.1,0.2 --overwrite
+        torchrun --nproc-per-node 4 -m recon_cli.app train --config my.toml
         """,
         cls=_ListsObjectives,
     )
@@ -130,8 +162,9 @@ def register(app: typer.Typer) -> None:
             list[str],
             typer.Option(
                 metavar="PATH[:WEIGHT]",
-                help="DICOM folder or zip, or .npz stack with a .csv beside it; repeat for more. "
-                "WEIGHT is how often it is drawn relative to the others.",
+                help="Folder, zip or file of DICOM, NIfTI, or .npz or HDF5 stacks with a .csv "
+                "beside them; repeat for more. WEIGHT is how often it is drawn relative to the "
+                "others.",
                 show_default=False,
                 rich_help_panel=_DATA,
             ),
@@ -154,7 +187,7 @@ def register(app: typer.Typer) -> None:
             list[str] | None,
             typer.Option(
                 metavar="COLUMN=A,B",
-                help="For .npz data whose table has the column: keep these rows.",
+                help="Of stacks whose table has the column, keep these rows.",
                 show_default=False,
                 rich_help_panel=_DATA,
             ),
@@ -259,6 +292,50 @@ def register(app: typer.Typer) -> None:
                 rich_help_panel=_NET,
             ),
         ] = 0.0,
+        sigma_range: Annotated[
+            str,
+            typer.Option(
+                metavar="MIN:MAX",
+                help="Noise levels, prior units; equal ends for one level.",
+                rich_help_panel=_NET,
+            ),
+        ] = "0.005:80",
+        levels: Annotated[
+            int,
+            typer.Option(min=1, help="Length of the ladder of ncsn.", rich_help_panel=_NET),
+        ] = 10,
+        langevin_steps: Annotated[
+            int,
+            typer.Option(
+                min=1, help="Steps of Langevin a negative (cd, pcd).", rich_help_panel=_NET
+            ),
+        ] = 5,
+        langevin_step: Annotated[
+            float,
+            typer.Option(min=1e-9, help="Their size relative to sigma^2.", rich_help_panel=_NET),
+        ] = 0.1,
+        chains: Annotated[
+            int, typer.Option(min=1, help="Persistent chains (pcd).", rich_help_panel=_NET)
+        ] = 256,
+        ema: Annotated[
+            str | None,
+            typer.Option(
+                metavar="W,W,...",
+                help="Relative widths of averages of the weights to choose among by held-out "
+                "error, also after a finished run.",
+                show_default="the moving average",
+                rich_help_panel=_NET,
+            ),
+        ] = None,
+        samples: Annotated[
+            int,
+            typer.Option(
+                min=0,
+                help="Samples of the finished prior to compare with their nearest training "
+                "images.",
+                rich_help_panel=_CARD,
+            ),
+        ] = 8,
         shift_mm: Annotated[
             float,
             typer.Option(min=0, help="Largest random shift, mm.", rich_help_panel=_DATA),
@@ -286,6 +363,19 @@ def register(app: typer.Typer) -> None:
         device: Annotated[
             str, typer.Option(metavar="auto|cpu|cuda", help="Device.", rich_help_panel=_NET)
         ] = "auto",
+        compile_: Annotated[
+            bool,
+            typer.Option("--compile", help="Compile the network first.", rich_help_panel=_NET),
+        ] = False,
+        workers: Annotated[
+            int | None,
+            typer.Option(
+                min=0,
+                help="Threads that prepare the next batches.",
+                show_default="4 on a GPU, 0 on a CPU",
+                rich_help_panel=_NET,
+            ),
+        ] = None,
         name: Annotated[
             str | None,
             typer.Option(
@@ -316,7 +406,8 @@ def register(app: typer.Typer) -> None:
         sources = [_source(text) for text in data]
         wanted, held_rows = _selection(select or []), _selection(validation_select or [])
         shape = _widths(widths)
-        low, high = _pixel_range(pixel_mm)
+        low, high = _range("--pixel-mm", pixel_mm, "1.1:2.0")
+        noise, averages = _range("--sigma-range", sigma_range, "0.005:80"), _averages(ema)
         finest = low / 2 if fine else low
         if held_rows and validation_data is None:
             raise usage("--validation-select needs --validation-data")
@@ -330,21 +421,25 @@ def register(app: typer.Typer) -> None:
         from inverse.training.data import Augmentation, load_images, split_by_patient
         from inverse.training.loop import TrainConfig
         from inverse.training.loop import train as fit
+        from inverse.training.parallel import rank
         from phantoms.slices import chest_slices
         from recon_cli.pipeline import pick_device
 
         if out.suffix != ".safetensors":
             raise CheckpointError(f"a prior file ends in .safetensors, got '{out.name}'")
         device = pick_device(device)
+        _check_columns(sources, {**wanted, **held_rows}, validation_data)
+        leads = rank() == 0
+        if not leads:
+            VERBOSITY.apply(quiet=True, verbose=False, debug=VERBOSITY.debug)
         kind: Literal["CT", "MR"] = "CT" if modality == "ct" else "MR"
         sets: list[ImageSet] = []
         for source in sources:
-            rows = wanted if source.path.suffix == ".npz" else {}
-            rows = {k: v for k, v in rows.items() if k in _columns(source.path)}
-            sets.append(load_images(source.path, kind, select=rows, weight=source.weight))
-            log(f"{source.path.name}: {len(sets[-1])} slices, {len(sets[-1].patients)} patients")
+            sets.append(load_images(source.path, kind, select=wanted, weight=source.weight))
+            log(_found(source.path, sets[-1]))
         if validation_data is not None:
             held = load_images(validation_data, kind, select=held_rows)
+            log(_found(validation_data, held))
             out_of_training = set(held.patients)
             sets = [s.where([p not in out_of_training for p in s.patient]) for s in sets]
         else:
@@ -358,7 +453,8 @@ def register(app: typer.Typer) -> None:
             log(f"drawing {phantoms} phantoms")
             chests = range(first, first + phantoms)
             side, pixels = (2 * size, (0.6, 0.95)) if fine else (size, (1.2, 1.9))
-            sets.append(chest_slices(chests, size=side, pixel_mm=pixels, weight=phantom_weight))
+            drawn = chest_slices(chests, size=side, pixel_mm=pixels, weight=phantom_weight)
+            sets.append(replace(drawn, natural=False))
             described.append(
                 {
                     "name": "random chest phantoms",
@@ -379,7 +475,7 @@ def register(app: typer.Typer) -> None:
             value_range=(0.0, 0.0),
             pixel_mm_range=(finest, high),
             shape=(size, size),
-            sigma_range=TrainConfig.sigma_range,
+            sigma_range=noise,
             training_data=tuple(described),
             training={"argv": _public_argv()},
             limits=tuple(limits or ()),
@@ -394,9 +490,19 @@ def register(app: typer.Typer) -> None:
             whole_from=whole_from,
             fine=fine,
             lr=learning_rate,
+            averages=averages,
+            sigma_range=noise,
+            levels=levels,
+            langevin_steps=langevin_steps,
+            langevin_step=langevin_step,
+            chains=chains,
             seed=seed,
             bfloat16=bfloat16,
+            compile=compile_,
+            workers=(4 if device.startswith("cuda") else 0) if workers is None else workers,
         )
+        spread = samples > 0 and noise[0] < noise[1]  # one level cannot be sampled from
+        check = _sampler(samples, seed, (size, size), device) if spread else None
         with _Progress() as watch:
             done = fit(
                 sets,
@@ -409,43 +515,106 @@ def register(app: typer.Typer) -> None:
                 augmentation=Augmentation(size=size, pixel_mm=(low, high), shift_mm=shift_mm),
                 device=device,
                 minutes=minutes,
-                callback=watch,
+                draw=check,
+                callback=watch if leads else None,
             )
+        if not leads:
+            return
         summary = {
             "out": str(out),
             "name": done.name,
             "steps": done.training["steps"],
             "minutes": done.training["minutes"],
-            "validation_rmse": done.training["validation_rmse"],
+            **{key: done.training[key] for key in _MEASURED if key in done.training},
             "sha256": done.sha256,
         }
         if as_json:
             print_json(summary)
             return
         print(f"{out}: {done.name}, {summary['steps']} steps, {summary['minutes']} minutes")
-        losses = ", ".join(f"{k}: {v:.4g}" for k, v in done.training["validation_rmse"].items())
-        print(f"held-out RMSE by noise level (prior units): {losses}")
+        for line in _judged(done.training):
+            print(line)
 
 
-def _columns(path: Path) -> Sequence[str]:
-    """Columns of the table beside an npz stack, so that a selection applies where it can."""
+_MEASURED = ("validation_rmse", "training_rmse", "memorisation", "average", "neighbours")
+"""What a finished run tells of its prior; keys of the card's ``training``."""
+
+
+def _found(path: Path, images: ImageSet) -> str:
+    """What a source gave, and what was left out of it and why."""
+    text = f"{path.name}: {len(images)} slices, {len(images.patients)} patients"
+    left = [f"{n} x {reason}" for reason, n in images.skipped.items()]
+    return f"{text}; left out: {', '.join(left)}" if left else text
+
+
+def _judged(training: Mapping[str, Any]) -> list[str]:
+    """The final report in lines."""
+
+    def losses(name: str) -> str:
+        return ", ".join(f"{k}: {v:.4g}" for k, v in training[name].items())
+
+    lines = [f"held-out RMSE by noise level (prior units): {losses('validation_rmse')}"]
+    if "training_rmse" in training:
+        gap = training["memorisation"]
+        verdict = "ALARM, the prior may repeat its images" if gap["alarm"] else "no alarm"
+        lines += [
+            f"the same of training patients:               {losses('training_rmse')}",
+            f"memorisation gap: {gap['ratio']:.3f} ({verdict}; {gap['rule']})",
+        ]
+    if "average" in training:
+        tried = ", ".join(f"{k}: {v:.4g}" for k, v in training["average"]["held_out_rmse"].items())
+        lines.append(f"average of the weights: {training['average']['chosen']} of {tried}")
+    if "neighbours" in training:
+        near = training["neighbours"]
+        lines.append(
+            f"nearest training image: median correlation of {near['samples']} samples "
+            f"{near['median_correlation']:.3f}, of held-out slices {near['held_out_median']:.3f}; "
+            f"p = {near['p_value']:.2g} that samples are this close by chance"
+        )
+    return lines
+
+
+def _sampler(
+    count: int, seed: int, shape: tuple[int, int], device: str
+) -> Callable[[NetworkPrior], Tensor]:
+    """``count`` samples of a finished prior in its physical unit, one at a time."""
+
+    def draw(prior: NetworkPrior) -> Tensor:
+        import torch
+
+        from inverse.sampling import SAMPLERS, Noise
+
+        low, high = prior.card.sigma_range
+        run, prior = SAMPLERS["heun"].run, prior.to(device)
+        log(f"drawing {count} samples for the nearest-neighbour check")
+        with torch.inference_mode():
+            images = [
+                run(prior, Noise([(seed, k)], shape, device), levels=(high, low))
+                for k in range(count)
+            ]
+        return torch.cat(images) * prior.scale + prior.offset
+
+    return draw
+
+
+def _check_columns(
+    sources: Sequence[_Source], wanted: Mapping[str, Any], validation: Path | None
+) -> None:
+    """Refuse a selection by a column that no table has, rather than keep everything."""
     import csv
 
-    table = path.with_suffix(".csv")
-    if path.suffix != ".npz" or not table.is_file():
-        return ()
-    with table.open(newline="") as stream:
-        return next(csv.reader(stream), [])
-
-
-def _pixel_range(text: str) -> tuple[float, float]:
-    try:
-        low, high = (float(part) for part in text.split(":"))
-    except ValueError:
-        low = high = 0.0
-    if not 0 < low <= high:
-        raise usage(f"--pixel-mm '{text}' is not MIN:MAX with 0 < MIN <= MAX, such as 1.1:2.0")
-    return low, high
+    known: set[str] = set()
+    paths = [s.path for s in sources] + ([validation] if validation else [])
+    for path in paths:
+        for table in path.rglob("*.csv") if path.is_dir() else [path.with_suffix(".csv")]:
+            if table.is_file():
+                with table.open(newline="") as stream:
+                    known |= set(next(csv.reader(stream), []))
+    if missing := sorted(set(wanted) - known):
+        raise usage(
+            f"no table beside the data has a column {', '.join(missing)}; there are "
+            f"{', '.join(sorted(known)) or 'no tables'}"
+        )
 
 
 def _split(
@@ -483,6 +652,7 @@ class _Progress:
         self._first: tuple[int, float] | None = None
         self._last = 0.0
         self._loss = 0.0
+        self._images = 0
 
     def __enter__(self) -> _Progress:
         return self
@@ -504,19 +674,25 @@ class _Progress:
         )
         if self._first is None:
             self._first = (step, seconds)
+        else:
+            self._images += record["images"]
         pause = 1.0 if self._moving else 30.0
         checked = record.get("validation")
         if seconds - self._last < pause and not checked and step < steps:
             return
         self._last = seconds
-        rate = (step - self._first[0]) / max(seconds - self._first[1], 1e-9)
+        passed = max(seconds - self._first[1], 1e-9)
+        rate = (step - self._first[0]) / passed
         left = (steps - step) / rate / 60 if rate > 0 else float("nan")
         text = (
             f"step {step} of {steps}, loss {self._loss:.4f}, {rate:.2f} steps/s, "
+            f"{self._images / passed:.1f} images/s, "
             f"{left:.0f} min left"
         )
         if checked:
             text += "; held-out RMSE " + ", ".join(f"{k}: {v:.4g}" for k, v in checked.items())
+        if "memorisation" in record:
+            text += f"; gap to training patients {record['memorisation']['ratio']:.3f}"
         if self._moving and not checked:
             sys.stderr.write(f"\r\x1b[2Krecon: {text}")
             sys.stderr.flush()

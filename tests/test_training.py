@@ -117,6 +117,9 @@ def test_load_images_reads_npz_by_its_table(tmp_path: Path) -> None:
         load_images(tmp_path / "a.npz", "CT", select={"kind": ["z"]})
     with pytest.raises(NoInputError, match="do not exist"):
         load_images(tmp_path / "b.npz", "CT")
+    with pytest.raises(NoInputError, match="3 x slice with large negative values"):
+        load_images(tmp_path / "a.npz", "MR")
+    np.savez(tmp_path / "a.npz", hu=np.abs(hu))
     relative = load_images(tmp_path / "a.npz", "MR")
     assert np.percentile(relative.images[0][relative.images[0] > 0], 99.5) == pytest.approx(1)
 
@@ -330,7 +333,7 @@ def test_command_line_lists_objectives_and_trains_by_them(
     text = " ".join(capsys.readouterr().out.split())
     for name, entry in OBJECTIVES.items():
         assert f"{name} {entry.title}" in text
-    stack = images(n=16)
+    stack = images()
     np.savez(tmp_path / "a.npz", hu=np.stack(stack.images))
     rows = "".join(f"{patient},1.5\n" for patient in stack.patient)
     (tmp_path / "a.csv").write_text("patient,pixel_mm\n" + rows)

@@ -1,4 +1,4 @@
-"""Training images: slices from npz stacks or DICOM, split by patient, augmented without leaking.
+"""Training images: checked slices of one modality, split by patient, augmented without leaking.
 
 Batches are a function of ``(seed, step)`` alone, so that a resumed run sees exactly the images
 that an uninterrupted one would have seen.
@@ -6,11 +6,13 @@ that an uninterrupted one would have seen.
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +23,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from inverse.errors import InputError, NoInputError
+from inverse.training.files import Slices, read_slices
 
-__all__ = ["Augmentation", "Batch", "ImageSet", "load_images", "split_by_patient"]
+__all__ = [
+    "Augmentation",
+    "Batch",
+    "ImageSet",
+    "draw_batch",
+    "load_images",
+    "on_grid",
+    "split_by_patient",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +48,9 @@ class ImageSet:
         patient: patient key of each.
         fill: value outside an image (air).
         weight: how often the set is drawn relative to others.
+        natural: images of patients; simulated ones are left out where training images are
+            compared with held-out ones.
+        skipped: what reading left out, counted by reason.
     """
 
     images: tuple[NDArray[np.float32], ...]
@@ -44,24 +58,33 @@ class ImageSet:
     patient: tuple[str, ...]
     fill: float
     weight: float = 1.0
+    natural: bool = True
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
 
-    @property
+    @cached_property
     def patients(self) -> tuple[str, ...]:
         """Distinct patients, sorted."""
-        return tuple(sorted(set(self.patient)))
+        return tuple(sorted(self.members))
+
+    @cached_property
+    def members(self) -> Mapping[str, Sequence[int]]:
+        """Indices of each patient's slices."""
+        result: dict[str, list[int]] = {}
+        for i, patient in enumerate(self.patient):
+            result.setdefault(patient, []).append(i)
+        return result
 
     def where(self, keep: Sequence[bool]) -> ImageSet:
         """The slices where ``keep`` is true."""
         index = [i for i, k in enumerate(keep) if k]
-        return ImageSet(
-            tuple(self.images[i] for i in index),
-            tuple(self.pixel_mm[i] for i in index),
-            tuple(self.patient[i] for i in index),
-            self.fill,
-            self.weight,
+        return replace(
+            self,
+            images=tuple(self.images[i] for i in index),
+            pixel_mm=tuple(self.pixel_mm[i] for i in index),
+            patient=tuple(self.patient[i] for i in index),
         )
 
 
@@ -72,107 +95,89 @@ def load_images(
     select: Mapping[str, Sequence[str]] | None = None,
     weight: float = 1.0,
 ) -> ImageSet:
-    """Slices from an npz stack, or from a DICOM folder or zip (one or many series).
+    """Usable slices of one modality in a file, an archive or a folder, and what was left out.
+
+    Slices that are constant, not finite, or copies of another are left out, as is a scan whose
+    values cannot be of the modality: CT without a negative value, MR with large negative ones.
 
     Args:
-        path: ``.npz`` with one 3-D array ``(slices, rows, columns)`` and beside it a ``.csv`` of
-            the same name with one row a slice and columns ``patient`` (or ``subject``) and
-            ``pixel_mm``; or DICOM.
-        modality: ``"CT"`` (HU, clipped to [-1024, 3071]) or ``"MR"`` (divided by each patient's
-            99.5th percentile).
-        select: for npz, keep rows whose CSV column has one of the values.
+        path: DICOM, NIfTI, ``.npz`` or HDF5; see :func:`inverse.training.files.read_slices`.
+        modality: ``"CT"`` (HU, clipped to [-1024, 3071]) or ``"MR"`` (each scan divided by the
+            99.5th percentile of its positive values).
+        select: for stacks with a table, keep rows whose column has one of the values.
         weight: see :class:`ImageSet`.
 
     Raises:
-        NoInputError: nothing at ``path`` or nothing left after selection.
-        InputError: an array or table that does not fit the description above.
+        NoInputError: nothing at ``path`` or nothing usable left after selection.
+        InputError: a named file that does not fit the description of its format.
     """
     path = Path(path)
-    if not path.exists():
-        raise NoInputError(f"training data '{path.name}' do not exist; give an .npz or a folder")
-    if path.suffix == ".npz":
-        images, pixels, patients = _read_npz(path, select or {})
-    else:
-        images, pixels, patients = _read_dicom(path, modality)
-    usable = [bool(np.isfinite(i).all() and np.ptp(i) > 0) for i in images]
-    if not all(usable):
-        logger.warning("%d constant or non-finite slices skipped", usable.count(False))
+    found = read_slices(path, modality, select)
+    usable = _usable(found, modality)
     if not any(usable):
+        counts = ", ".join(f"{n} x {reason}" for reason, n in sorted(found.skipped.items()))
+        left = f" (left out: {counts})" if counts else ""
         raise NoInputError(
-            f"training data '{path.name}' hold no usable slice after "
-            f"selection {dict(select or {})}"
+            f"training data '{path.name}' hold no usable slice of modality {modality} after "
+            f"selection {dict(select or {})}{left}; give another path or modality"
         )
     if modality == "CT":
         fill = -1000.0
-        images = [np.clip(i, -1024, 3071) for i in images]
+        images = [np.clip(i, -1024, 3071) for i in found.images]
     else:
         fill = 0.0
-        tops = {
-            p: float(
-                np.percentile(
-                    np.concatenate(
-                        [
-                            i.ravel()[i.ravel() > 0]
-                            for i, q in zip(images, patients, strict=True)
-                            if q == p
-                        ]
-                    ),
-                    99.5,
-                )
-            )
-            for p in set(patients)
-        }
-        images = [i / tops[p] for i, p in zip(images, patients, strict=True)]
+        tops = {scan: _top(found, usable, scan) for scan in set(found.scan)}
+        images = [i / tops[scan] for i, scan in zip(found.images, found.scan, strict=True)]
     return ImageSet(
-        tuple(i.astype(np.float32) for i in images), tuple(pixels), tuple(patients), fill, weight
+        tuple(i.astype(np.float32) for i in images),
+        tuple(found.pixel_mm),
+        tuple(found.patient),
+        fill,
+        weight,
+        skipped=dict(sorted(found.skipped.items())),
     ).where(usable)
 
 
-def _read_npz(
-    path: Path, select: Mapping[str, Sequence[str]]
-) -> tuple[list[NDArray[np.float32]], list[float], list[str]]:
-    with np.load(path, allow_pickle=False) as archive:
-        stacks = [archive[key] for key in archive.files if archive[key].ndim == 3]
-    table = path.with_suffix(".csv")
-    if len(stacks) != 1 or not table.is_file():
-        raise InputError(
-            f"'{path.name}' must hold exactly one 3-D array (found {len(stacks)}) and have a "
-            f"table '{table.name}' beside it with columns patient, pixel_mm"
-        )
-    with table.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    names = set(rows[0]) if rows else set()
-    key = "patient" if "patient" in names else "subject"
-    if len(rows) != len(stacks[0]) or not {key, "pixel_mm"} <= names:
-        raise InputError(
-            f"'{table.name}' must have one row a slice ({len(stacks[0])}, found {len(rows)}) "
-            "with columns patient (or subject), pixel_mm"
-        )
-    keep = [i for i, row in enumerate(rows) if all(row.get(k) in v for k, v in select.items())]
-    return (
-        [stacks[0][i].astype(np.float32) for i in keep],
-        [float(rows[i]["pixel_mm"]) for i in keep],
-        [rows[i][key] for i in keep],
-    )
+def _usable(found: Slices, modality: Literal["CT", "MR"]) -> list[bool]:
+    """Which slices to keep; counts the others by reason."""
+    lowest: dict[str, float] = {}
+    highest: dict[str, float] = {}
+    sound = [bool(np.isfinite(i).all() and np.ptp(i) > 0) for i in found.images]
+    for image, scan, good in zip(found.images, found.scan, sound, strict=True):
+        if good:
+            lowest[scan] = min(lowest.get(scan, math.inf), float(image.min()))
+            highest[scan] = max(highest.get(scan, -math.inf), float(image.max()))
+    seen: set[bytes] = set()
+    keep = []
+    counts: Counter[str] = Counter()
+    for image, scan, good in zip(found.images, found.scan, sound, strict=True):
+        content = hashlib.sha256(image.tobytes()).digest()
+        reason = ""
+        if not good:
+            reason = "constant or non-finite slice"
+        elif modality == "CT" and lowest[scan] >= 0:
+            reason = "slice without a negative value, so not HU"
+        elif modality == "MR" and lowest[scan] < -0.1 * highest[scan]:
+            reason = "slice with large negative values, so no magnitude image"
+        elif content in seen:
+            reason = "copy of another slice"
+        seen.add(content)
+        keep.append(not reason)
+        if reason:
+            counts[reason] += 1
+    found.skipped.update(counts)
+    return keep
 
 
-def _read_dicom(
-    path: Path, modality: str
-) -> tuple[list[NDArray[np.float32]], list[float], list[str]]:
-    from inverse.io.dicom import inspect, read_series
-
-    images: list[NDArray[np.float32]] = []
-    pixels: list[float] = []
-    patients: list[str] = []
-    for stack in inspect(path).stacks:
-        if stack.modality != modality:
-            logger.warning("stack of modality %s skipped", stack.modality)
-            continue
-        series = read_series(path, stack=stack.key)
-        images += list(series.array)
-        pixels += [float(series.spacing[1])] * len(series.array)
-        patients += [series.patient_key] * len(series.array)
-    return images, pixels, patients
+def _top(found: Slices, usable: Sequence[bool], scan: str) -> float:
+    """The 99.5th percentile of a scan's positive values; 1 where it has no usable slice."""
+    positive = [
+        image[image > 0]
+        for image, own, good in zip(found.images, found.scan, usable, strict=True)
+        if own == scan and good
+    ]
+    values = np.concatenate([p.ravel() for p in positive]) if positive else np.ones(1)
+    return float(np.percentile(values, 99.5)) if len(values) else 1.0
 
 
 def split_by_patient(images: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
@@ -214,6 +219,10 @@ class Augmentation:
     zoom: float = 0.1
     flip: bool = False
 
+    def still(self) -> Augmentation:
+        """The same grid without motion beyond the resampling to it."""
+        return replace(self, rotation=0.0, shift_mm=0.0, zoom=0.0, flip=False)
+
     def finer(self) -> Augmentation:
         """The same field of view on twice the rows and columns of half the size."""
         low, high = self.pixel_mm
@@ -235,6 +244,7 @@ def draw_batch(
     count: int,
     crop: int | None,
     generator: torch.Generator,
+    share: slice = slice(None),
 ) -> Batch:
     """Random augmented images: set by weight, patient uniformly, slice uniformly.
 
@@ -243,7 +253,8 @@ def draw_batch(
         augmentation: the grid and the motions.
         count: images in the batch.
         crop: side of random windows of the grid; ``None`` for whole images.
-        generator: randomness.
+        generator: randomness, the same whatever the share.
+        share: which of the images to make.
     """
 
     def uniform(low: float, high: float) -> float:
@@ -256,10 +267,11 @@ def draw_batch(
     a = augmentation
     side = a.size if crop is None else crop
     images, pixels, positions = [], [], []
-    for _ in range(count):
+    wanted = range(count)[share]
+    for k in range(count):
         chosen = sets[int(torch.multinomial(weights, 1, generator=generator))]
         patient = chosen.patients[integer(len(chosen.patients))]
-        members = [i for i, p in enumerate(chosen.patient) if p == patient]
+        members = chosen.members[patient]
         i = members[integer(len(members))]
         native = chosen.pixel_mm[i]
         low, high = max(a.pixel_mm[0], native), max(a.pixel_mm[1], native)
@@ -272,6 +284,8 @@ def draw_batch(
         shift = uniform(-a.shift_mm, a.shift_mm), uniform(-a.shift_mm, a.shift_mm)
         mirror = -1.0 if a.flip and integer(2) else 1.0
         corner = (integer(a.size - side + 1), integer(a.size - side + 1))
+        if k not in wanted:
+            continue
         images.append(
             _resample(
                 chosen.images[i],
@@ -291,7 +305,18 @@ def draw_batch(
             (torch.arange(side, dtype=torch.float32) + c + 0.5) * 2 / a.size - 1 for c in corner
         )
         positions.append(torch.stack(torch.meshgrid(rows, cols, indexing="ij")))
+    if not images:
+        return Batch(torch.empty(0, side, side), torch.empty(0), torch.empty(0, 2, side, side))
     return Batch(torch.stack(images), torch.tensor(pixels), torch.stack(positions))
+
+
+def on_grid(images: ImageSet, augmentation: Augmentation) -> Tensor:
+    """Every slice of a set, unmoved, at the middle pixel size of the grid, ``(n, size, size)``."""
+    middle = math.sqrt(augmentation.pixel_mm[0] * augmentation.pixel_mm[1])
+    still = replace(augmentation.still(), pixel_mm=(middle, middle))
+    generator = torch.Generator().manual_seed(0)
+    alone = (images.where([k == i for k in range(len(images))]) for i in range(len(images)))
+    return torch.cat([draw_batch([one], still, 1, None, generator).images for one in alone])
 
 
 def _resample(

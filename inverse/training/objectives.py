@@ -18,7 +18,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +90,8 @@ def exact_score_matching(score: Field, x: Tensor, *, limit: int = EXACT_LIMIT) -
     Raises:
         UnsupportedError: for more unknowns than ``limit``.
         InputError: for samples that are not finite.
+
+    Here: docs/theory.md, equation (8).
     """
     _check_samples(x)
     d = x[0].numel()
@@ -133,6 +135,8 @@ def sliced_score_matching(
 
     Raises:
         InputError: for samples that are not finite or directions of another shape.
+
+    Here: docs/theory.md, equation (9).
     """
     _check_samples(x)
     directions = v if v.ndim == x.ndim + 1 else v[None]
@@ -235,6 +239,8 @@ def denoising_score_matching(
     Raises:
         InputError: for samples that are not finite, levels that are not positive, or shapes that
             do not fit.
+
+    Here: docs/theory.md, equation (10).
     """
     _check_samples(x0)
     _check_levels(sigma, x0)
@@ -272,6 +278,8 @@ def sure(
 
     Raises:
         InputError: as :func:`denoising_score_matching`.
+
+    Here: docs/theory.md, equation (12).
     """
     _check_samples(y)
     _check_levels(sigma, y)
@@ -365,6 +373,8 @@ def langevin_chain(
     Raises:
         InputError: for a step size that is not positive or noise of another shape.
         NumericalError: if a chain diverges.
+
+    Here: docs/theory.md, equation (3).
     """
     _check_samples(x)
     step = torch.as_tensor(epsilon, dtype=x.dtype, device=x.device)
@@ -414,6 +424,8 @@ def contrastive_divergence(
 
     Raises:
         InputError, NumericalError: see :func:`langevin_chain`.
+
+    Here: docs/theory.md, equation (4).
     """
     return persistent_contrastive_divergence(energy, x, x, epsilon, noise)[0]
 
@@ -490,6 +502,8 @@ def noise_contrastive_estimation(
 
     Raises:
         InputError: for samples that are not finite, or of another number than the noise.
+
+    Here: docs/theory.md, equation (5).
     """
     _check_samples(x)
     _check_samples(y.detach())
@@ -525,6 +539,8 @@ def flow_contrastive_estimation(log_model: Field, log_flow: Field, x: Tensor, y:
 
     Raises:
         InputError: see :func:`noise_contrastive_estimation`.
+
+    Here: docs/theory.md, equation (6).
     """
     # y enters the model reversed and the flow's density plainly, whose value is then reversed
     sampled = _Reverse.apply(y)
@@ -685,7 +701,15 @@ class Objective(nn.Module, ABC):
         start: clean training images ``(m, h, w)`` in prior units.
         pixel_mm: their pixel sizes ``(m,)``.
         generator: randomness of the start.
+
+    Attributes:
+        together: whether the losses draw noise for, or keep state of, a whole batch, which one
+            process must then hold.
+        second_order: whether they take derivatives of the network's derivatives.
     """
+
+    together: ClassVar[bool] = True
+    second_order: ClassVar[bool] = True
 
     def __init__(
         self, setting: Setting, start: Tensor, pixel_mm: Tensor, generator: torch.Generator
@@ -705,6 +729,8 @@ class Objective(nn.Module, ABC):
 
 class _Denoising(Objective):
     weighting: Weighting = "edm"
+    together = False
+    second_order = False
 
     def losses(self, model: Model, batch: Perturbed, generator: torch.Generator) -> Tensor:
         return denoising_score_matching(
@@ -757,6 +783,8 @@ class _Likelihood(_Denoising):
 
 class _Exact(Objective):
     """Times sigma^2 / d, so that levels weigh alike."""
+
+    together = False
 
     def losses(self, model: Model, batch: Perturbed, generator: torch.Generator) -> Tensor:
         loss = exact_score_matching(model.score(batch), batch.x)
