@@ -18,26 +18,31 @@ from torch import Tensor
 
 from inverse.errors import GeometryError, InputError
 from inverse.operators.linop import LinearOperator
+from inverse.operators.noise import TransmissionPoisson
 
 __all__ = ["Measurement"]
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Data of a stack of slices measured by one operator.
+    """Data of a stack of slices, or of volumes, measured by one operator.
 
     Attributes:
-        operator: forward operator on one slice, in physical units.
-        data: measured values, ``(slices, *operator.out_shape)``.
+        operator: forward operator on one slice, or on one volume, in physical units.
+        data: measured values, ``(slices, *operator.out_shape)``; volumes count as one each.
         noise: standard deviation, a 0-d tensor, or a map that broadcasts against ``data``.
         modality: ``"CT"`` (attenuation, 1/mm) or ``"MR"`` (signal, arbitrary units).
         pixel_mm: (row, column) spacing of the image grid in mm.
         mu_water: attenuation of water in 1/mm at the scan's energy; fixes HU for CT.
         provenance: how the data came about; plain JSON values, no patient data.
+        counts: readings before the logarithm and their likelihood, of the shape of ``data``,
+            for CT where they are known; what line integrals cannot say of starved rays.
 
     Raises:
         GeometryError: data whose shape is not ``(slices, *out_shape)``.
         InputError: data that are not finite, or a noise std that is not positive.
+
+    Here: docs/theory.md, equation (23).
     """
 
     operator: LinearOperator
@@ -47,9 +52,15 @@ class Measurement:
     pixel_mm: tuple[float, float]
     mu_water: float | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    counts: TransmissionPoisson | None = None
 
     def __post_init__(self) -> None:
         shape = self.operator.out_shape
+        if self.counts is not None and self.counts.counts.shape != self.data.shape:
+            raise GeometryError(
+                f"photon counts must have the shape of the data, {tuple(self.data.shape)}, got "
+                f"{tuple(self.counts.counts.shape)}"
+            )
         if self.data.ndim != len(shape) + 1 or tuple(self.data.shape[1:]) != shape:
             raise GeometryError(
                 f"measurement data must have shape (slices, {', '.join(map(str, shape))}) for "
@@ -76,24 +87,41 @@ class Measurement:
     def __len__(self) -> int:
         return int(self.data.shape[0])
 
+    @property
+    def slices(self) -> int:
+        """How many slices the images have: its length, or those of all its volumes."""
+        shape = self.operator.in_shape
+        return len(self) * (shape[0] if len(shape) == 3 else 1)
+
     def take(self, index: Tensor) -> Measurement:
         """The measurement of the slices ``index`` (repeats allowed), as for a batch of samples."""
         noise = self.noise
         if noise.ndim == self.data.ndim and noise.shape[0] == len(self) and len(self) > 1:
             noise = noise[index]
+        counts = self.counts
+        if counts is not None:
+            counts = replace(counts, counts=counts.counts[index])
         return replace(
-            self, operator=self.operator.take(index), data=self.data[index], noise=noise
+            self,
+            operator=self.operator.take(index),
+            data=self.data[index],
+            noise=noise,
+            counts=counts,
         )
 
     def to(self, device: torch.device | str) -> Measurement:
         """The same measurement on another device; this one, its operator included, stays."""
         if self.data.device == torch.device(device):
             return self
+        counts = self.counts
+        if counts is not None:
+            counts = replace(counts, counts=counts.counts.to(device))
         return replace(
             self,
             operator=copy.deepcopy(self.operator).to(device),
             data=self.data.to(device),
             noise=self.noise.to(device),
+            counts=counts,
         )
 
     def rescaled(self, offset: float, scale: float) -> Measurement:
@@ -107,7 +135,7 @@ class Measurement:
             self.operator.in_shape, offset, dtype=self.operator.dtype, device=self.data.device
         )
         data = (self.data - self.operator(constant)) / scale
-        return replace(self, data=data, noise=self.noise / abs(scale))
+        return replace(self, data=data, noise=self.noise / abs(scale), counts=None)
 
     def whitened(self) -> Measurement:
         r"""The equivalent measurement with unit noise: :math:`A \to A/\sigma_y`, likewise y.
@@ -120,6 +148,7 @@ class Measurement:
             operator=self.operator.weighted(weight),
             data=self.data * weight,
             noise=torch.ones((), device=self.data.device),
+            counts=None,
         )
 
     def chi2(self, x: Tensor) -> Tensor:
@@ -127,6 +156,8 @@ class Measurement:
 
         About 1 for a posterior sample; far below 1 means fitted noise, far above 1 means data
         that were not used (METHODS of data consistency: chi-square of ``m`` real samples).
+
+        Here: docs/theory.md, equation (33).
         """
         residual = (self.data - self.operator(x)) / self.noise
         m = self.operator.measured * (2 if residual.is_complex() else 1)

@@ -14,13 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from inverse.classical import leave_out_metal
 from inverse.errors import GeometryError, InputError, UnsupportedError
 from inverse.measurement import Measurement
 from inverse.operators.coils import combine_coils, espirit
@@ -33,7 +34,8 @@ from inverse.operators.ct import (
     square_pixel,
 )
 from inverse.operators.mask import Mask, central_hole, random_pixels
-from inverse.operators.metal import UnspoiledRays, metal_trace
+from inverse.operators.metal import UnspoiledRays
+from inverse.operators.metal import metal_trace as trace_of
 from inverse.operators.mri import (
     CartesianMRI,
     MaskKind,
@@ -42,7 +44,13 @@ from inverse.operators.mri import (
     centred_fft,
     centred_ifft,
 )
-from inverse.operators.noise import add_gaussian, count_photons, generator, line_integrals
+from inverse.operators.noise import (
+    TransmissionPoisson,
+    add_gaussian,
+    count_photons,
+    generator,
+    line_integrals,
+)
 from inverse.operators.nufft import NonCartesian, density_compensation, radial, spiral
 from inverse.operators.patterns import central_box
 from inverse.operators.units import AIR_HU, MU_WATER, hu_to_mu
@@ -53,6 +61,7 @@ from phantoms.shapes import Ellipses
 __all__ = [
     "Simulation",
     "area_mean",
+    "physical",
     "simulate_ct",
     "simulate_ct_analytic",
     "simulate_inpainting",
@@ -61,6 +70,8 @@ __all__ = [
 ]
 
 Float32 = NDArray[np.float32]
+
+MetalTrace = Literal["true", "segmented", "none"]
 
 _BLOCK_BYTES = 256 * 2**20  # system matrix held at a time
 
@@ -77,7 +88,7 @@ class Simulation:
 
     Attributes:
         measurement: the data with the operator that is to reconstruct them.
-        truth: the image on that operator's grid, physical units, ``(slices, H, W)``.
+        truth: the image on that operator's grid, physical units, ``(slices, *in_shape)``.
     """
 
     measurement: Measurement
@@ -93,6 +104,7 @@ def simulate_ct(
     photons: float = 1e5,
     electronic_noise: float = 0.0,
     metal: NDArray[np.bool_] | None = None,
+    metal_trace: MetalTrace = "true",
     kvp: float | None = None,
     model_error: float = MODEL_ERROR,
     seed: int = 0,
@@ -106,8 +118,8 @@ def simulate_ct(
     on an equal grid, four to a bin meet the pixels by another kernel than the reconstruction's,
     which would be an inverse crime.
 
-    Metal becomes titanium; the rays through it are measured, but not used: the operator leaves
-    out the trace of the true metal, widened by a bin.  The truth is the patient without metal.
+    Metal becomes titanium.  The truth is the patient without metal; what of the metal is known to
+    the operator that is to reconstruct the data, ``metal_trace`` says.
 
     Args:
         hu: slices ``(Z, Y, X)`` in HU; values below air count as air.
@@ -117,7 +129,11 @@ def simulate_ct(
             are not square are first padded with air.
         photons: expected counts of a bin in air.
         electronic_noise: std of the electronics' noise in counts.
-        metal: mask of the shape of ``hu``, for example of :func:`phantoms.beam.implants`.
+        metal: mask of the shape of ``hu``, for example of :func:`phantoms.beam.implants`, or
+            of :func:`inverse.operators.metal.segment_metal` for images that show some.
+        metal_trace: the operator leaves out the rays through the ``"true"`` metal, widened by a
+            bin; through metal ``"segmented"`` in the scan's own filtered backprojection, as a
+            scanner must, see :func:`inverse.classical.leave_out_metal`; or through ``"none"``.
         kvp: tube voltage of a polychromatic beam with the scanner's correction for water, see
             :class:`phantoms.beam.Tube`; default a beam of one energy.
         model_error: std of what the reconstruction's pixels cannot represent, in line integrals;
@@ -144,6 +160,11 @@ def simulate_ct(
                 f"the metal mask must have the shape of the slices, {volume.shape}, got "
                 f"{metal.shape}"
             )
+        if metal_trace not in get_args(MetalTrace):
+            raise UnsupportedError(
+                f"metal_trace {metal_trace!r} is not served; expected one of "
+                f"{', '.join(get_args(MetalTrace))}"
+            )
         metal = _square(metal.astype(np.float32), 0.0) > 0
     parts = split(padded, metal, mu_water)
     finer = native > matrix
@@ -168,8 +189,7 @@ def simulate_ct(
     scan = _scan(
         values,
         truth,
-        geometry,
-        pixel,
+        RayTransform(geometry, (matrix, matrix), pixel),
         photons,
         model_error,
         seed,
@@ -181,6 +201,12 @@ def simulate_ct(
     )
     if metal is None:
         return scan
+    told = {**scan.measurement.provenance, "metal": "titanium", "metal_trace": metal_trace}
+    scan = replace(scan, measurement=replace(scan.measurement, provenance=told))
+    if metal_trace == "none":
+        return scan
+    if metal_trace == "segmented":
+        return replace(scan, measurement=leave_out_metal(scan.measurement))
     return _without_metal(scan, torch.from_numpy(area_mean(metal.astype(np.float32), matrix) > 0))
 
 
@@ -189,7 +215,7 @@ def _without_metal(scan: Simulation, metal: Tensor) -> Simulation:
     measurement = scan.measurement
     whole = measurement.operator
     assert isinstance(whole, RayTransform)
-    operator = UnspoiledRays(whole, metal_trace(whole, metal, margin=1))
+    operator = UnspoiledRays(whole, trace_of(whole, metal, margin=1))
     spoiled = float((~operator.good).double().mean())
     return replace(
         scan,
@@ -197,7 +223,7 @@ def _without_metal(scan: Simulation, metal: Tensor) -> Simulation:
             measurement,
             operator=operator,
             data=torch.where(operator.good, measurement.data, 0.0),
-            provenance={**measurement.provenance, "metal": "titanium", "spoiled_rays": spoiled},
+            provenance={**measurement.provenance, "spoiled_rays": spoiled},
         ),
     )
 
@@ -247,8 +273,7 @@ def simulate_ct_analytic(
     return _scan(
         values,
         truth.float(),
-        geometry,
-        pixel_mm,
+        RayTransform(geometry, grid, pixel_mm),
         photons,
         model_error,
         seed,
@@ -479,20 +504,9 @@ def simulate_inpainting(
         raise GeometryError(f"hole must be a share of the image between 0 and 1, got {hole}")
     if kind not in ("square", "pixels"):
         raise UnsupportedError(f"hole kind {kind!r} is not served; expected square or pixels")
-    if modality == "CT":
-        volume = np.maximum(volume, np.float32(AIR_HU))
-    if matrix is not None:
-        volume = _square(volume, AIR_HU if modality == "CT" else 0.0)
-        factor = volume.shape[-1] / matrix if matrix > 0 else math.nan
-        volume = area_mean(volume, matrix)
-        pixel_mm = (pixel_mm[0] * factor, pixel_mm[1] * factor)
-    truth = torch.from_numpy(volume)
-    if modality == "CT":
-        truth, level = hu_to_mu(truth, mu_water), mu_water
-    else:
-        level = _level(volume)
+    truth, pixel_mm, level = physical(volume, pixel_mm, modality, matrix, mu_water)
     std = _noise_std(noise, level)
-    h, w = volume.shape[-2:]
+    h, w = truth.shape[-2:]
     if kind == "square":
         known = central_hole((h, w), hole)
     else:
@@ -516,6 +530,39 @@ def simulate_inpainting(
         provenance,
     )
     return Simulation(measurement, truth)
+
+
+def physical(
+    volume: Float32,
+    pixel_mm: tuple[float, float],
+    modality: Literal["CT", "MR"],
+    matrix: int | None,
+    mu_water: float,
+) -> tuple[Tensor, tuple[float, float], float]:
+    """Images on the reconstruction's grid in physical units, their pixel size and signal level.
+
+    Args:
+        volume: slices in HU (those below air count as air) or signal.
+        pixel_mm: (row, column) spacing in mm.
+        modality: CT images become attenuation in 1/mm, the level is water's; that of MR is the
+            99th percentile.
+        matrix: area-average to this many rows and columns; default as is.
+        mu_water: attenuation of water in 1/mm.
+
+    Raises:
+        GeometryError: a matrix finer than the images.
+    """
+    if modality == "CT":
+        volume = np.maximum(volume, np.float32(AIR_HU))
+    if matrix is not None:
+        volume = _square(volume, AIR_HU if modality == "CT" else 0.0)
+        factor = volume.shape[-1] / matrix if matrix > 0 else math.nan
+        volume = area_mean(volume, matrix)
+        pixel_mm = (pixel_mm[0] * factor, pixel_mm[1] * factor)
+    truth = torch.from_numpy(volume)
+    if modality == "CT":
+        return hu_to_mu(truth, mu_water), pixel_mm, mu_water
+    return truth, pixel_mm, _level(volume)
 
 
 def area_mean(image: Float32, size: int) -> Float32:
@@ -561,8 +608,7 @@ def _project(
 def _scan(
     values: Tensor,
     truth: Tensor,
-    geometry: ParallelBeam | FanBeam,
-    pixel_mm: float,
+    operator: RayTransform,
     photons: float,
     model_error: float,
     seed: int,
@@ -572,28 +618,31 @@ def _scan(
     electronic_noise: float = 0.0,
     tube: Tube | None = None,
 ) -> Simulation:
-    """Noisy data from the line integrals of each bin's rays, ``(slices, views, bins, rays)``."""
+    """Noisy data from the line integrals of each bin's rays, ``(slices, *out_shape, rays)``."""
     # the rays of a bin add their intensities, not their line integrals
     line = math.log(values.shape[-1]) - torch.logsumexp(-values.double(), dim=-1)
     counts = count_photons(line, photons, _seeds(seed, len(line), positions), electronic_noise)
     if not (math.isfinite(model_error) and model_error >= 0):
         raise InputError(f"model_error must be finite and not negative, got {model_error}")
     data, std = line_integrals(counts, photons, electronic_noise)
-    if tube is not None:
+    likelihood = None
+    if tube is None:  # the likelihood is that of one energy
+        likelihood = TransmissionPoisson(counts.float(), photons, electronic_noise)
+    else:
         data, std = tube.water_corrected(data, std)
     std = torch.hypot(std, torch.tensor(model_error))
-    operator = RayTransform(geometry, (truth.shape[-2], truth.shape[-1]), pixel_mm)
     provenance = {
         "simulation": how,
-        "geometry": repr(geometry),
+        "geometry": repr(operator.geometry),
         "photons": photons,
         "electronic_noise": electronic_noise,
         "model_error": model_error,
         "starved": int((counts < 1).sum()),
         "seed": seed,
     }
+    pixel_mm = (operator.pixel_mm, operator.pixel_mm)
     measurement = Measurement(
-        operator, data, std, "CT", (pixel_mm, pixel_mm), mu_water, provenance
+        operator, data, std, "CT", pixel_mm, mu_water, provenance, likelihood
     )
     return Simulation(measurement, truth)
 

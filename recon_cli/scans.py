@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from inverse.io.series import Series
     from inverse.operators.ct import FanBeam, ParallelBeam
     from inverse.operators.patterns import MaskKind
-    from phantoms.simulate import Simulation
+    from phantoms.simulate import MetalTrace, Simulation
 
 __all__ = [
     "CtScan",
@@ -28,7 +28,9 @@ __all__ = [
     "MriScan",
     "Scan",
     "Selection",
+    "SliceScan",
     "bytes_of",
+    "heights",
     "read",
     "simulate",
 ]
@@ -44,7 +46,7 @@ Limits = Annotated[
 ]
 
 
-# what the images must be; inpainting takes both
+# what the images must be; inpainting and slices take both
 _MODALITY: dict[str, Literal["CT", "MR"]] = {"ct": "CT", "mri": "MR"}
 
 
@@ -68,11 +70,12 @@ class Selection:
 class CtScan:
     """Sparse-view, limited-angle, truncated or low-dose CT, with metal or without.
 
-    ``arc`` is in degrees, ``electronic_noise`` in counts; ``metal`` is a number of rods.
+    ``arc`` is in degrees, ``electronic_noise`` in counts; ``metal`` is a number of rods, and
+    ``metal_trace`` says how the rays through them are found.
     """
 
     views: int
-    geometry: Literal["parallel", "fan", "fan-curved"]
+    geometry: Literal["parallel", "fan", "fan-curved", "cone"]
     arc: float | None
     short_scan: bool
     detector: int | None
@@ -81,17 +84,26 @@ class CtScan:
     kvp: float | None
     metal: int
     matrix: int | None
+    metal_trace: MetalTrace = "true"
 
     command: ClassVar = "ct"
 
     @property
+    def volume(self) -> bool:
+        """Whether all slices are measured together."""
+        return self.geometry == "cone"
+
+    @property
     def label(self) -> str:
         """In words."""
-        beam = "parallel-beam" if self.geometry == "parallel" else "fan-beam"
+        beam = {"parallel": "parallel-beam", "cone": "cone-beam"}.get(self.geometry, "fan-beam")
         arc = "" if self.arc is None else f" over {self.arc:g} degrees"
         short = " short scan" if self.short_scan else ""
         detector = "" if self.detector is None else f" on {self.detector} bins"
-        metal = " without the rays through metal" if self.metal else ""
+        left_in = self.metal_trace == "none"
+        metal = ("", " without the rays through metal", " through metal")[
+            (1 + left_in) * bool(self.metal)
+        ]
         return f"{self.views}-view {beam} CT{short}{arc}{detector}{metal}"
 
     def beam(self, matrix: int, pixel_mm: float) -> ParallelBeam | FanBeam:
@@ -131,6 +143,8 @@ class CtScan:
         matrix = _matrix(self.matrix, images)
         pixel = images.spacing[1] * side / matrix
         slices = images.array[chosen]
+        if self.geometry == "cone":
+            return self._cone(images, chosen, matrix, pixel, seed)
         metal = None
         if self.metal:
             metal = implants(slices, images.spacing[1], self.metal, seed=seed)
@@ -142,15 +156,51 @@ class CtScan:
             photons=self.photons,
             electronic_noise=self.electronic_noise,
             metal=metal,
+            metal_trace=self.metal_trace,
             kvp=self.kvp,
             seed=seed,
             positions=chosen,
         )
 
+    def _cone(
+        self, images: Series, chosen: Sequence[int], matrix: int, pixel_mm: float, seed: int
+    ) -> Simulation:
+        """A cone beam through all chosen slices.
+
+        Raises:
+            UnsupportedError: metal, or a short scan.
+        """
+        from inverse.errors import UnsupportedError
+        from inverse.operators.ct import ConeBeam
+        from phantoms.volumes import simulate_cone
+
+        if self.metal or self.short_scan:
+            raise UnsupportedError(
+                "cone beams are simulated over an arc of --arc and without metal; leave out "
+                "--metal and --short-scan, or use --geometry fan"
+            )
+        dz = _slice_distance(images, chosen)
+        arc = 2 * math.pi if self.arc is None else math.radians(self.arc)
+        beam = ConeBeam.sparse(
+            self.views, (len(chosen), matrix, matrix), (dz, pixel_mm, pixel_mm), arc
+        )
+        if self.detector is not None:
+            beam = replace(beam, columns=self.detector)
+        return simulate_cone(
+            images.array[chosen],
+            (dz, *images.spacing[1:]),
+            beam,
+            matrix=matrix,
+            photons=self.photons,
+            electronic_noise=self.electronic_noise,
+            kvp=self.kvp,
+            seed=seed,
+        )
+
 
 @dataclass(frozen=True)
 class MriScan:
-    """Undersampled k-space of one coil or several."""
+    """Undersampled k-space of one coil or several, slice by slice or of a volume."""
 
     acceleration: float
     mask: MaskKind
@@ -158,6 +208,7 @@ class MriScan:
     trajectory: Literal["cartesian", "radial", "spiral"]
     coils: int
     noise: float
+    volume: bool = False
 
     command: ClassVar = "mri"
 
@@ -165,6 +216,7 @@ class MriScan:
     def label(self) -> str:
         """In words."""
         path = "" if self.trajectory == "cartesian" else f" {self.trajectory}"
+        path += " 3-D" if self.volume else ""
         coils = "" if self.coils == 1 else f" by {self.coils} coils"
         return f"{self.acceleration:g}-fold undersampled{path} MRI{coils}"
 
@@ -172,6 +224,8 @@ class MriScan:
         """Simulate the chosen slices."""
         from phantoms.simulate import simulate_mri
 
+        if self.volume:
+            return self._volume(images, chosen, seed)
         return simulate_mri(
             images.array[chosen],
             images.spacing[1:],
@@ -185,6 +239,31 @@ class MriScan:
             positions=chosen,
         )
 
+    def _volume(self, images: Series, chosen: Sequence[int], seed: int) -> Simulation:
+        """One scan of all chosen slices, phase encoded along slices and rows.
+
+        Raises:
+            UnsupportedError: a pattern of one direction, or another trajectory.
+        """
+        from inverse.errors import UnsupportedError
+        from phantoms.volumes import simulate_mri_volume
+
+        if self.trajectory != "cartesian" or self.mask.endswith("1d"):
+            raise UnsupportedError(
+                f"--volume undersamples two directions of phase encoding, got --mask {self.mask} "
+                f"and --trajectory {self.trajectory}; give --mask poisson, gaussian2d or random2d"
+            )
+        return simulate_mri_volume(
+            images.array[chosen],
+            (_slice_distance(images, chosen), *images.spacing[1:]),
+            acceleration=self.acceleration,
+            kind=self.mask,
+            centre_fraction=self.centre,
+            coils=self.coils,
+            noise=self.noise,
+            seed=seed,
+        )
+
 
 @dataclass(frozen=True)
 class InpaintScan:
@@ -196,6 +275,7 @@ class InpaintScan:
     matrix: int | None
 
     command: ClassVar = "inpaint"
+    volume: ClassVar = False
 
     @property
     def label(self) -> str:
@@ -219,6 +299,92 @@ class InpaintScan:
             seed=seed,
             positions=chosen,
         )
+
+
+@dataclass(frozen=True)
+class SliceScan:
+    """A volume with slices missing, or thick ones.
+
+    ``missing`` is START:STOP:STEP among the chosen slices; ``thickness`` and ``step`` count
+    slices of the images, ``step`` from one thick slice to the next.
+    """
+
+    missing: str | None
+    thickness: int | None
+    step: int | None
+    noise: float
+    matrix: int | None
+
+    command: ClassVar = "slices"
+    volume: ClassVar = True
+
+    def __post_init__(self) -> None:
+        from inverse.errors import GeometryError
+
+        if (self.missing is None) == (self.thickness is None):
+            raise GeometryError(
+                "give either --missing START:STOP:STEP for slices that are not there, or "
+                "--thickness N for thick ones"
+            )
+
+    @property
+    def label(self) -> str:
+        """In words."""
+        if self.thickness is None:
+            return f"Volume without the slices {self.missing}"
+        apart = "" if self.step in (None, self.thickness) else f", {self.step} apart"
+        return f"Thick slices of {self.thickness}{apart}"
+
+    def run(self, images: Series, chosen: Sequence[int], seed: int) -> Simulation:
+        """Simulate the volume of the chosen slices.
+
+        Raises:
+            GeometryError: slices of unequal distance, or fewer than a thick slice has.
+        """
+        from phantoms.volumes import simulate_slices
+
+        _slice_distance(images, chosen)
+        missing = () if self.missing is None else parse_slices(self.missing, len(chosen))
+        return simulate_slices(
+            images.array[chosen],
+            images.spacing[1:],
+            modality="CT" if images.unit == "HU" else "MR",
+            missing=missing,
+            thickness=1 if self.thickness is None else self.thickness,
+            step=self.step,
+            matrix=_matrix(self.matrix, images) if images.unit == "HU" or self.matrix else None,
+            noise=self.noise,
+            seed=seed,
+        )
+
+
+def heights(images: Series, chosen: Sequence[int]) -> list[float]:
+    """Position of each slice along the normal, mm."""
+    import numpy as np
+
+    row, column = np.array(images.orientation).reshape(2, 3)
+    return [float(z) for z in images.positions[list(chosen)] @ np.cross(row, column)]
+
+
+def _slice_distance(images: Series, chosen: Sequence[int]) -> float:
+    """Distance of the chosen slices in mm, which a volume needs to be one.
+
+    Raises:
+        GeometryError: slices of unequal distance.
+    """
+    import numpy as np
+
+    from inverse.errors import GeometryError
+
+    steps = np.abs(np.diff(heights(images, chosen)))
+    if len(steps) == 0:
+        return float(images.spacing[0])
+    if steps.min() < 0.98 * steps.max():
+        raise GeometryError(
+            f"a volume needs slices at equal distances, these lie {steps.min():.4g} to "
+            f"{steps.max():.4g} mm apart; choose evenly spaced ones with --slices"
+        )
+    return float(steps.mean())
 
 
 def _matrix(matrix: int | None, images: Series) -> int:
@@ -274,6 +440,8 @@ def read(selection: Selection, command: str, run: RunLog) -> tuple[Series, list[
 
 def simulate(scan: Scan, images: Series, chosen: list[int], seed: int, run: RunLog) -> Task:
     """Simulate the scan of chosen slices."""
+    from inverse.trust import plane
+
     log(f"simulating {scan.label}, {len(chosen)} slices")
     with run.phase("simulate"):
         result = scan.run(images, chosen, seed)
@@ -289,7 +457,9 @@ def simulate(scan: Scan, images: Series, chosen: list[int], seed: int, run: RunL
         label=scan.label,
         simulated=True,
         slices=chosen,
+        z_mm=heights(images, chosen),
+        plane=plane(images.orientation),
     )
 
 
-Scan = CtScan | MriScan | InpaintScan
+Scan = CtScan | MriScan | InpaintScan | SliceScan

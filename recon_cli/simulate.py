@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
 from recon_cli import options as o
 from recon_cli.console import log, print_json
+from recon_cli.dryrun import plan_file, tell
 from recon_cli.options import command
 from recon_cli.output import check_file
-from recon_cli.runlog import RunLog, sha256_of
+from recon_cli.runlog import SCHEMA_VERSION, RunLog, sha256_of
 from recon_cli.scans import (
     CtScan,
     InpaintScan,
@@ -20,28 +20,32 @@ from recon_cli.scans import (
     MriScan,
     Scan,
     Selection,
+    SliceScan,
+    heights,
     read,
     simulate,
 )
 
-if TYPE_CHECKING:
-    from inverse.io.series import Series
-
-
-def _heights(images: Series, chosen: list[int]) -> list[float]:
-    """Position of each slice along the normal, mm."""
-    import numpy as np
-
-    row, column = np.array(images.orientation).reshape(2, 3)
-    return [float(z) for z in images.positions[chosen] @ np.cross(row, column)]
-
 
 def _simulate(
-    scan: Scan, selection: Selection, out: Path, seed: int, overwrite: bool, as_json: bool
+    scan: Scan,
+    selection: Selection,
+    out: Path,
+    *,
+    seed: int,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     check_file(out, overwrite)
     run = RunLog(f"simulate {scan.command}", {selection.path: "IN", out: "OUT"})
     images, chosen = read(selection, scan.command, run)
+    run.identify(images.templates[0])
+    if dry_run:
+        # one slice tells what the scan makes of all of them, but where it measures volumes
+        task = simulate(scan, images, chosen if scan.volume else chosen[:1], seed, run)
+        tell(plan_file(out, task, chosen, run, images=images), as_json)
+        return
     task = simulate(scan, images, chosen, seed, run)
 
     from inverse.io.measurement_file import write_measurement
@@ -56,9 +60,10 @@ def _simulate(
         },
     )
     write_measurement(
-        out, measurement, task.truth, task.templates, _heights(images, chosen), overwrite=overwrite
+        out, measurement, task.truth, task.templates, heights(images, chosen), overwrite=overwrite
     )
     result = {
+        "schema_version": SCHEMA_VERSION,
         "out": str(out),
         "label": task.label,
         "slices": len(chosen),
@@ -66,6 +71,7 @@ def _simulate(
         **sha256_of(out),
         "retrospective_simulation": True,
         "warnings": run.warnings,
+        **({"patient": run.patient} if run.patient else {}),
     }
     if as_json:
         print_json(result)
@@ -87,10 +93,12 @@ def register(app: typer.Typer) -> None:
     @command(
         group,
         "ct",
+        phi=True,
         examples="""
         recon simulate ct CT_FOLDER -o scan.h5 --views 23
         recon simulate ct CT_FOLDER -o low-dose.h5 --views 180 --photons 5e3
         recon simulate ct CT_FOLDER -o metal.h5 --views 180 --metal 2 --kvp 120
+        recon simulate ct CT_FOLDER -o cone.h5 --geometry cone --views 60 --matrix 64
         """,
     )
     def ct(
@@ -105,6 +113,7 @@ def register(app: typer.Typer) -> None:
         electronic_noise: o.ElectronicNoise = 0.0,
         kvp: o.Kvp = None,
         metal: o.Metal = 0,
+        metal_trace: o.MetalTraceName = "true",
         matrix: o.Matrix = None,
         seed: o.Seed = 0,
         slices: o.Slices = None,
@@ -112,6 +121,7 @@ def register(app: typer.Typer) -> None:
         stack: o.StackName = None,
         limits: Limits = 4.0,
         overwrite: o.Overwrite = False,
+        dry_run: o.DryRun = False,
         as_json: o.Json = False,
     ) -> None:
         """Sparse-view, limited-angle, truncated or low-dose CT, with metal or without."""
@@ -126,17 +136,26 @@ def register(app: typer.Typer) -> None:
             kvp,
             metal,
             matrix,
+            metal_trace,
         )
         _simulate(
-            scan, Selection(path, series, stack, slices, limits), out, seed, overwrite, as_json
+            scan,
+            Selection(path, series, stack, slices, limits),
+            out,
+            seed=seed,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            as_json=as_json,
         )
 
     @command(
         group,
         "mri",
+        phi=True,
         examples="""
         recon simulate mri MR_FOLDER -o scan.h5 --acceleration 4
         recon simulate mri MR_FOLDER -o scan.h5 --coils 8 --acceleration 8 --mask poisson
+        recon simulate mri MR_FOLDER -o volume.h5 --volume --acceleration 6 --mask poisson
         """,
     )
     def mri(
@@ -148,21 +167,34 @@ def register(app: typer.Typer) -> None:
         trajectory: o.TrajectoryName = "cartesian",
         coils: o.Coils = 1,
         noise: o.NoiseLevel = 0.01,
+        volume: o.VolumeScan = False,
         seed: o.Seed = 0,
         slices: o.Slices = None,
         series: o.SeriesName = None,
         stack: o.StackName = None,
         limits: Limits = 4.0,
         overwrite: o.Overwrite = False,
+        dry_run: o.DryRun = False,
         as_json: o.Json = False,
     ) -> None:
-        """Undersampled MRI by one coil or several."""
-        scan = MriScan(acceleration, mask, centre, trajectory, coils, noise)
+        """Undersampled MRI by one coil or several, slice by slice or of a volume."""
+        scan = MriScan(acceleration, mask, centre, trajectory, coils, noise, volume)
         _simulate(
-            scan, Selection(path, series, stack, slices, limits), out, seed, overwrite, as_json
+            scan,
+            Selection(path, series, stack, slices, limits),
+            out,
+            seed=seed,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            as_json=as_json,
         )
 
-    @command(group, "inpaint", examples="recon simulate inpaint CT_FOLDER -o holes.h5 --hole 0.2")
+    @command(
+        group,
+        "inpaint",
+        phi=True,
+        examples="recon simulate inpaint CT_FOLDER -o holes.h5 --hole 0.2",
+    )
     def inpaint(
         path: o.Input,
         out: o.OutFile,
@@ -176,10 +208,55 @@ def register(app: typer.Typer) -> None:
         stack: o.StackName = None,
         limits: Limits = 4.0,
         overwrite: o.Overwrite = False,
+        dry_run: o.DryRun = False,
         as_json: o.Json = False,
     ) -> None:
         """Missing pixels."""
         scan = InpaintScan(hole, hole_kind, noise, matrix)
         _simulate(
-            scan, Selection(path, series, stack, slices, limits), out, seed, overwrite, as_json
+            scan,
+            Selection(path, series, stack, slices, limits),
+            out,
+            seed=seed,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            as_json=as_json,
+        )
+
+    @command(
+        group,
+        "slices",
+        phi=True,
+        examples="""
+        recon simulate slices CT_FOLDER -o gaps.h5 --missing 1::2
+        recon simulate slices MR_FOLDER -o thick.h5 --thickness 4
+        """,
+    )
+    def slices_(
+        path: o.Input,
+        out: o.OutFile,
+        missing: o.Missing = None,
+        thickness: o.Thickness = None,
+        slice_step: o.SliceStep = None,
+        noise: o.NoiseLevel = 0.01,
+        matrix: o.Matrix = None,
+        seed: o.Seed = 0,
+        slices: o.Slices = None,
+        series: o.SeriesName = None,
+        stack: o.StackName = None,
+        limits: Limits = 4.0,
+        overwrite: o.Overwrite = False,
+        dry_run: o.DryRun = False,
+        as_json: o.Json = False,
+    ) -> None:
+        """Missing or thick slices of a volume."""
+        scan = SliceScan(missing, thickness, slice_step, noise, matrix)
+        _simulate(
+            scan,
+            Selection(path, series, stack, slices, limits),
+            out,
+            seed=seed,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            as_json=as_json,
         )

@@ -140,7 +140,7 @@ def test_tv_refusals() -> None:
         tv(m, 1.0)  # an empty image has no percentile to scale by
     with pytest.raises(UnsupportedError, match="nonnegative"):
         tv(denoising(torch.zeros(1, 4, 4, dtype=torch.complex64)), 1.0, unit=1.0, nonnegative=True)
-    with pytest.raises(UnsupportedError, match="two-dimensional"):
+    with pytest.raises(UnsupportedError, match="images and volumes"):
         tv(denoising(torch.zeros(1, 4)), 1.0, unit=1.0)
 
 

@@ -12,9 +12,27 @@ from inverse.errors import InputError, NumericalError, UnsupportedError
 from inverse.measurement import Measurement
 from inverse.operators import ct
 from inverse.operators.linop import Solve
-from inverse.operators.metal import UnspoiledRays, interpolate_trace
+from inverse.operators.mask import Mask
+from inverse.operators.metal import (
+    METAL_HU,
+    UnspoiledRays,
+    interpolate_trace,
+    metal_trace,
+    segment_metal,
+)
+from inverse.operators.resample import ThickSlices, between_slices
+from inverse.operators.units import mu_to_hu
 
-__all__ = ["cgls", "fbp", "os_sart", "sirt", "tikhonov", "zero_filled"]
+__all__ = [
+    "cgls",
+    "fbp",
+    "interpolated",
+    "leave_out_metal",
+    "os_sart",
+    "sirt",
+    "tikhonov",
+    "zero_filled",
+]
 
 
 def fbp(
@@ -43,6 +61,70 @@ def fbp(
             f"zero_filled, cgls or tv"
         )
     return ct.fbp(data, operator, filter, cutoff, extend=extend)
+
+
+def leave_out_metal(
+    measurement: Measurement, threshold: float = METAL_HU, margin: int = 1
+) -> Measurement:
+    """The same CT measurement without the rays through metal, which its own image shows.
+
+    Metal is what filtered backprojection under a Hann window shows above a threshold; its trace
+    is the metal's projection, in all slices together, widened on both sides.
+
+    Args:
+        measurement: data of a :class:`~inverse.operators.ct.RayTransform` in the plane.
+        threshold: metal is above it, in HU.
+        margin: pixels, and then bins, by which metal and trace are widened.
+
+    Returns:
+        A measurement by :class:`~inverse.operators.metal.UnspoiledRays`, for any solver;
+        the given one where no pixel is above the threshold.
+
+    Raises:
+        GeometryError: a trace that leaves no ray.
+        UnsupportedError: another operator, or a scan without filtered backprojection.
+    """
+    operator = measurement.operator
+    if not isinstance(operator, ct.RayTransform) or len(operator.in_shape) != 2:
+        raise UnsupportedError(
+            f"metal is found in CT slices of parallel or fan beams, got {operator!r}; leave it in"
+        )
+    image = fbp(measurement, "hann", extend=True)
+    metal = segment_metal(mu_to_hu(image, float(measurement.mu_water or 0.0)), threshold, margin)
+    if not bool(metal.any()):
+        return measurement
+    kept = UnspoiledRays(operator, metal_trace(operator, metal, margin))
+    provenance = {
+        **measurement.provenance,
+        "metal_threshold_hu": threshold,
+        "spoiled_rays": float((~kept.good).double().mean()),
+    }
+    data = torch.where(kept.good, measurement.data, 0.0)
+    return replace(measurement, operator=kept, data=data, provenance=provenance)
+
+
+def interpolated(measurement: Measurement) -> Tensor:
+    """A volume interpolated linearly along z from thick slices, or from those not missing.
+
+    Thick slices count as samples at their middle; beyond the first and the last the nearest one
+    is repeated.
+
+    Returns:
+        ``(volumes, Z, Y, X)`` in physical units.
+
+    Raises:
+        UnsupportedError: other data than thick or whole missing slices.
+    """
+    operator, data = measurement.operator, measurement.data
+    if isinstance(operator, ThickSlices):
+        return between_slices(data, operator.centres, operator.in_shape[0])
+    if not (isinstance(operator, Mask) and operator.slicewise):
+        raise UnsupportedError(
+            f"interpolation along z needs thick slices or missing ones, got {operator!r}; use "
+            f"zero_filled, cgls or tv"
+        )
+    known = operator.mask[:, 0, 0].nonzero()[:, 0]
+    return between_slices(data[:, known], known, operator.in_shape[0])
 
 
 def sirt(
@@ -80,7 +162,7 @@ def sirt(
 def os_sart(
     measurement: Measurement,
     iterations: int = 10,
-    subsets: int = 10,
+    subsets: int | None = None,
     discrepancy: float = 1.0,
     *,
     nonnegative: bool = True,
@@ -93,7 +175,7 @@ def os_sart(
     Args:
         measurement: data of a :class:`~inverse.operators.ct.RayTransform`.
         iterations: most passes over all data.
-        subsets: number of subsets, at most that of the views.
+        subsets: number of subsets; default 10, or as many as there are views.
         discrepancy: chi-square a datum at which a slice stops, judged after each pass.
         nonnegative: clip negative values in every update.
 
@@ -110,13 +192,12 @@ def os_sart(
     if not isinstance(operator, ct.RayTransform):
         raise UnsupportedError(f"os_sart needs a RayTransform, got {operator!r}; use sirt")
     views = operator.geometry.views
+    subsets = min(10, views) if subsets is None else subsets
     if not 1 <= subsets <= views:
         raise InputError(f"os_sart needs 1 to {views} subsets of {views} views, got {subsets}")
-    bits = max(subsets - 1, 1).bit_length()
-    order = sorted(range(subsets), key=lambda j: int(f"{j:0{bits}b}"[::-1], 2))
     axis = -len(operator.out_shape)
     parts = []
-    for j in order:
+    for j in bit_reversed(subsets):
         of_views = torch.arange(j, views, subsets, device=measurement.data.device)
         noise = measurement.noise
         if noise.ndim >= -axis and noise.shape[axis] == views:
@@ -125,6 +206,12 @@ def os_sart(
         part = operator.subset(slice(j, None, subsets))
         parts.append(replace(measurement, operator=part, data=data, noise=noise))
     return _sart(parts, measurement, iterations, discrepancy, nonnegative)
+
+
+def bit_reversed(count: int) -> list[int]:
+    """The numbers below ``count`` in an order in which successive ones are far apart."""
+    bits = max(count - 1, 1).bit_length()
+    return sorted(range(count), key=lambda j: int(f"{j:0{bits}b}"[::-1], 2))
 
 
 def _sart(

@@ -4,14 +4,17 @@ r"""Total-variation reconstruction with a certified optimality gap.
     + \lambda\,\mathrm{TV}(x / u), \qquad
     \mathrm{TV}(v) = \sum_i \|(Dv)_i\|_2
 
-with forward differences D (zero at the last row and column) and a unit u that frees the weight
-from the image's scale.
+with forward differences D (zero at the last pixel of each axis) and a unit u that frees the weight
+from the image's scale.  Images are two-dimensional, or volumes, whose differences along z count
+as those in the plane whatever the slice distance.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -41,7 +44,7 @@ class TotalVariation:
     """Result of :func:`tv`.
 
     Attributes:
-        x: images ``(slices, H, W)`` in physical units.
+        x: images ``(slices, H, W)``, or volumes, in physical units.
         gap: certified relative duality gap of each slice, an upper bound of
             ``(P(x) - min P) / P(x)``; shape ``(slices,)``.
         objective: ``P(x)`` of each slice.
@@ -69,7 +72,7 @@ def tv(
     tol: float = 0.05,
     max_iter: int = 300,
 ) -> TotalVariation:
-    r"""Total-variation regularised least squares of each slice, real or complex.
+    r"""Total-variation regularised least squares of each slice or volume, real or complex.
 
     Solved by ADMM on :math:`z = Dx` (and :math:`w = x \ge 0`), its image update by a few
     conjugate-gradient steps preconditioned in Fourier space.  A slice stops once its duality gap
@@ -85,7 +88,7 @@ def tv(
     did, up to rounding.
 
     Args:
-        measurement: the data, with their noise std; two-dimensional images.
+        measurement: the data, with their noise std; of images (H, W) or volumes (Z, H, W).
         weight: :math:`\lambda`; default :data:`TV_WEIGHT` or :data:`TV_WEIGHT_MR` by modality.
         unit: :math:`u` in physical units; default water for CT, and for MR the 99th percentile of
             the magnitude of :math:`A^H y`.
@@ -97,7 +100,7 @@ def tv(
 
     Raises:
         InputError: a weight or unit that is not positive.
-        UnsupportedError: images that are not two-dimensional, or the constraint on complex ones.
+        UnsupportedError: neither images nor volumes, or the constraint on complex ones.
         NumericalError: if an iterate is not finite.
 
     Source: Boyd et al., Found. Trends Mach. Learn. 3 (2011), sec. 3; Rudin, Osher and Fatemi,
@@ -107,9 +110,9 @@ def tv(
     ct = measurement.modality == "CT"
     if nonnegative is None:
         nonnegative = ct and not op.dtype.is_complex
-    if len(op.in_shape) != 2 or (nonnegative and op.dtype.is_complex):
+    if len(op.in_shape) not in (2, 3) or (nonnegative and op.dtype.is_complex):
         raise UnsupportedError(
-            f"tv serves two-dimensional images, and nonnegativity real ones; got {op!r} with "
+            f"tv serves images and volumes, and nonnegativity real ones; got {op!r} with "
             f"nonnegative={nonnegative}"
         )
     if unit is None:
@@ -133,26 +136,35 @@ def _percentile(x: Tensor) -> float:
     return float(np.percentile(x.abs().cpu().numpy(), 99.0))
 
 
+def _neighbours(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """All but the first and all but the last along an axis, as views."""
+    n = x.shape[axis] - 1
+    return x.narrow(axis, 1, n), x.narrow(axis, 0, n)
+
+
 def _gradient(x: Tensor) -> Tensor:
-    """D: forward differences, ``(b, H, W) -> (b, 2, H, W)``; zero at the last row and column."""
-    g = x.new_zeros(x.shape[0], 2, *x.shape[1:])
-    torch.sub(x[:, 1:], x[:, :-1], out=g[:, 0, :-1])
-    torch.sub(x[:, :, 1:], x[:, :, :-1], out=g[:, 1, :, :-1])
+    """D: forward differences, ``(b, *shape) -> (b, n, *shape)``; zero at an axis's last pixel."""
+    n = x.ndim - 1
+    g = x.new_zeros(x.shape[0], n, *x.shape[1:])
+    for k in range(n):
+        after, before = _neighbours(x, k + 1)
+        torch.sub(after, before, out=g[:, k].narrow(k + 1, 0, after.shape[k + 1]))
     return g
 
 
 def _divergence(q: Tensor) -> Tensor:
     """D^T, the adjoint of :func:`_gradient` (the negative divergence)."""
     v = q.new_zeros(q.shape[0], *q.shape[2:])
-    v[:, 1:] += q[:, 0, :-1]
-    v[:, :-1] -= q[:, 0, :-1]
-    v[:, :, 1:] += q[:, 1, :, :-1]
-    v[:, :, :-1] -= q[:, 1, :, :-1]
+    for k in range(q.shape[1]):
+        after, before = _neighbours(v, k + 1)
+        part = q[:, k].narrow(k + 1, 0, after.shape[k + 1])
+        after += part
+        before -= part
     return v
 
 
 def _length(q: Tensor) -> Tensor:
-    """Length of the gradient at every pixel, ``(b, 1, H, W)``, real."""
+    """Length of the gradient at every pixel, ``(b, 1, *shape)``, real."""
     if q.is_complex():
         return torch.view_as_real(q).square().sum(dim=(1, -1)).sqrt_()[:, None]
     return q.square().sum(dim=1, keepdim=True).sqrt_()
@@ -180,10 +192,11 @@ class _Solver:
         op = measurement.operator
         self.shape, self.dtype = op.in_shape, op.dtype
         self.device = measurement.data.device
-        h, w = self.shape
-        axes = [4 * torch.sin(math.pi * torch.arange(n) / (2 * n)) ** 2 for n in (h, w)]
-        laplace = axes[0][:, None] + axes[1]
-        laplace[0, 0] = math.inf  # the mean is not the Poisson equation's to set
+        self.axes = tuple(range(-len(self.shape), 0))
+        laplace = self.outer(
+            [4 * torch.sin(math.pi * torch.arange(n) / (2 * n)) ** 2 for n in self.shape]
+        )
+        laplace.view(-1)[0] = math.inf  # the mean is not the Poisson equation's to set
         self.laplace = laplace.to(self.device)
         self.select(torch.arange(len(measurement), device=self.device))
         self.symbol = self.estimate_symbol()
@@ -198,14 +211,22 @@ class _Solver:
 
     def fourier(self, x: Tensor) -> Tensor:
         """FFT over the image."""
-        return torch.fft.fft2(x) if x.is_complex() else torch.fft.rfft2(x)
+        transform = torch.fft.fftn if x.is_complex() else torch.fft.rfftn
+        return cast(Tensor, transform(x, dim=self.axes))
 
-    def frequencies(self) -> tuple[Tensor, Tensor]:
-        """Angular frequencies of :meth:`fourier`'s rows and columns in rad a pixel."""
-        h, w = self.shape
-        fw = torch.fft.fftfreq(w) if self.dtype.is_complex else torch.fft.rfftfreq(w)
-        rows = 2 * math.pi * torch.fft.fftfreq(h)[:, None]
-        return rows.to(self.device), (2 * math.pi * fw).to(self.device)
+    def frequencies(self) -> list[Tensor]:
+        """Angular frequencies of :meth:`fourier` along each axis in rad a pixel."""
+        *others, last = self.shape
+        half = torch.fft.fftfreq(last) if self.dtype.is_complex else torch.fft.rfftfreq(last)
+        cycles = [*(torch.fft.fftfreq(n) for n in others), half]
+        return [(2 * math.pi * f).to(self.device) for f in cycles]
+
+    def outer(self, axes: Sequence[Tensor]) -> Tensor:
+        """The sum of one function an axis, on the grid."""
+        total = torch.zeros((), device=axes[0].device)
+        for k, values in enumerate(axes):
+            total = total + values.reshape([-1 if j == k else 1 for j in range(len(axes))])
+        return total
 
     def estimate_symbol(self) -> Tensor:
         r"""Radial mean of the Fourier diagonal of :math:`K^H K`, from one random image a slice.
@@ -219,8 +240,8 @@ class _Solver:
         spectrum = self.fourier(r)
         product = (spectrum.conj() * self.fourier(self.op.adjoint(self.op(r)))).real
         power = spectrum.abs().square()
-        fy, fx = self.frequencies()
-        radius = torch.sqrt(fy**2 + fx**2) * (max(self.shape) / (2 * math.pi))
+        radius = self.outer([f**2 for f in self.frequencies()]).sqrt()
+        radius = radius * (max(self.shape) / (2 * math.pi))
         # rings whose width grows with the radius, so that few samples never decide
         ring = (4 * torch.log1p(radius / 2)).long().expand(product.shape[1:]).reshape(-1)
         rings = int(ring.max()) + 1
@@ -233,8 +254,7 @@ class _Solver:
 
     def preconditioner(self) -> Tensor:
         """Inverse of the image update's matrix, approximated in Fourier space."""
-        fy, fx = self.frequencies()
-        laplace = 4 * torch.sin(fy / 2) ** 2 + 4 * torch.sin(fx / 2) ** 2
+        laplace = self.outer([4 * torch.sin(f / 2) ** 2 for f in self.frequencies()])
         extra = self.rho if self.nonnegative else 0.0
         return 1.0 / (self.symbol + self.rho * laplace + extra)
 
@@ -242,8 +262,8 @@ class _Solver:
         """Apply the preconditioner."""
         spectrum = self.fourier(r).mul_(self.precondition)
         if r.is_complex():
-            return torch.fft.ifft2(spectrum)
-        return torch.fft.irfft2(spectrum, s=self.shape)
+            return cast(Tensor, torch.fft.ifftn(spectrum, dim=self.axes))
+        return cast(Tensor, torch.fft.irfftn(spectrum, s=self.shape, dim=self.axes))
 
     def matrix(self, x: Tensor) -> Tensor:
         r""":math:`(K^H K + \rho D^T D\ [+ \rho])\,x`."""
@@ -346,7 +366,7 @@ class _Solver:
         p = self.op(x) - self.b
         q = self.rho * (_gradient(x) - dz)
         mu = self.rho * (dw - x).clamp_min_(0.0) if self.nonnegative else torch.zeros_like(x)
-        total = (self.op.adjoint(p) - mu).sum(dim=(1, 2))
+        total = (self.op.adjoint(p) - mu).sum(dim=self.axes)
         ones = self.op(torch.ones((), dtype=self.dtype, device=self.device).expand(x.shape))
         norm = _dot(ones, ones).clamp_min(torch.finfo(torch.float64).tiny)
         p = p - (total / norm.to(torch.float32)).reshape(-1, *[1] * (p.ndim - 1)) * ones
@@ -361,8 +381,12 @@ class _Solver:
         """The zero-mean solution of ``D^T D f = v`` by the cosine transform (type II)."""
         if v.is_complex():
             return torch.complex(self.solve_poisson(v.real), self.solve_poisson(v.imag))
-        spectrum = _dct(_dct(v).transpose(-2, -1)).transpose(-2, -1) / self.laplace
-        return _idct(_idct(spectrum).transpose(-2, -1)).transpose(-2, -1)
+        for axis in self.axes:
+            v = _dct(v.transpose(axis, -1)).transpose(axis, -1)
+        v = v / self.laplace
+        for axis in self.axes:
+            v = _idct(v.transpose(axis, -1)).transpose(axis, -1)
+        return v
 
 
 def _dct(x: Tensor) -> Tensor:

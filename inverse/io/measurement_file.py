@@ -10,11 +10,15 @@ Layout, version 1 (a dataset each, all checksummed):
 ``maps``     complex64                 coil sensitivities, for operators that have them
 ``trajectory`` float32                 sample positions of non-Cartesian MRI, cycles per pixel
 ``density``  float32                   their density compensation
+``counts``   float32                   optional: readings before the logarithm (CT), as ``data``
 ``truth``    float32 or complex64      optional: the image that was simulated from
 ``template`` uint8                     optional: DICOM or NIfTI headers of the slices, joined
 ``ends``     int64                     optional: where each header ends in ``template``
 ``z_mm``     float64                   optional: position of each slice in mm
 ===========  ========================  =========================================================
+
+An operator that acts on volumes measures volumes, not slices, and these are what ``data`` and
+``truth`` count; ``template`` and ``z_mm`` count their slices.
 
 A file from elsewhere is not trusted: links, external and virtual datasets, other types and
 filters, and sizes over a cap are refused before anything of that kind is opened or read.
@@ -52,6 +56,7 @@ from inverse.operators.linop import LinearOperator
 from inverse.operators.mask import Mask
 from inverse.operators.metal import UnspoiledRays
 from inverse.operators.mri import CartesianMRI, Sense
+from inverse.operators.noise import TransmissionPoisson
 from inverse.operators.nufft import NonCartesian
 from inverse.operators.resample import ThickSlices
 
@@ -67,6 +72,7 @@ _DTYPES: dict[str, tuple[str, ...]] = {
     "maps": ("complex64",),
     "trajectory": ("float32",),
     "density": ("float32",),
+    "counts": ("float32",),
     "truth": ("float32", "complex64"),
     "template": ("uint8",),
     "ends": ("int64",),
@@ -84,7 +90,7 @@ class MeasurementFile:
     Attributes:
         measurement: operator, data and noise.
         truth: the image that the data were simulated from, or None.
-        template: DICOM headers, one a slice, or empty.
+        template: DICOM headers, one a slice (of a volume too), or empty.
         z_mm: position of each slice in mm, or empty.
     """
 
@@ -121,8 +127,8 @@ def write_measurement(
     target = Path(path)
     if target.exists() and not overwrite:
         raise OutputError(f"{target} exists already; choose another name or allow overwriting it")
-    n = len(measurement)
-    shape = (n, *measurement.operator.in_shape)
+    n = measurement.slices
+    shape = (len(measurement), *measurement.operator.in_shape)
     if truth is not None and tuple(truth.shape) != shape:
         raise InputError(f"the truth must have shape {shape}, got {tuple(truth.shape)}")
     for what, part in (("DICOM templates", template), ("slice positions", z_mm)):
@@ -143,6 +149,9 @@ def write_measurement(
         "mu_water": measurement.mu_water,
         "provenance": dict(measurement.provenance),
     }
+    if measurement.counts is not None:
+        header["photons"] = measurement.counts.photons
+        header["electronic"] = measurement.counts.electronic
     arrays: dict[str, NDArray[Any]] = {
         "header": np.frombuffer(json.dumps(header, allow_nan=False).encode(), np.uint8),
         "data": _numpy(measurement.data),
@@ -157,6 +166,8 @@ def write_measurement(
     if isinstance(operator, NonCartesian):
         arrays["trajectory"] = _numpy(operator.trajectory)
         arrays["density"] = _numpy(operator.density)
+    if measurement.counts is not None:
+        arrays["counts"] = _numpy(measurement.counts.counts).astype(np.float32)
     if truth is not None:
         arrays["truth"] = _numpy(truth)
     if template:
@@ -227,7 +238,7 @@ def _write_atomically(target: Path, arrays: dict[str, NDArray[Any]]) -> None:
     with h5py.File(image, "w", libver="v110", track_order=False) as out:
         for name, array in arrays.items():
             # chunks of one slice; scalars have no chunks and need no checksum
-            slicewise = name in ("data", "truth")
+            slicewise = name in ("data", "counts", "truth")
             chunks = (1, *array.shape[1:]) if slicewise else True
             options = {"chunks": chunks, "fletcher32": True} if array.size > 1 else {}
             out.create_dataset(name, data=array, **options)
@@ -279,7 +290,8 @@ def _read_arrays(source: Path, max_bytes: int) -> dict[str, NDArray[Any]]:
             if total > max_bytes or (name == "header" and size > _HEADER_BYTES):
                 raise ResourceError(
                     f"{source} declares {total / 2**30:.3g} GiB of data up to '{name}', more than "
-                    f"the cap of {max_bytes / 2**30:.3g} GiB; raise the cap if the file is trusted"
+                    f"the cap of {max_bytes / 2**30:.3g} GiB; raise the cap (--limits) if the "
+                    "file is trusted"
                 )
         for name, item in found.items():
             arrays[name] = np.asarray(item[()])
@@ -327,19 +339,25 @@ def _assemble(source: Path, header: Any, arrays: dict[str, NDArray[Any]]) -> Mea
         (float(row), float(col)),
         None if mu_water is None else float(mu_water),
         dict(header["provenance"]),
+        _counts(header, tensors.get("counts")),
     )
     torch.broadcast_to(measurement.noise, data.shape)
-    n = len(measurement)
-    truth = tensors.get("truth")
-    if truth is not None and tuple(truth.shape) != (n, *operator.in_shape):
-        raise InputError(
-            f"{source}: truth must have shape {(n, *operator.in_shape)}, got {tuple(truth.shape)}"
-        )
+    n = measurement.slices
+    truth, shape = tensors.get("truth"), (len(measurement), *operator.in_shape)
+    if truth is not None and tuple(truth.shape) != shape:
+        raise InputError(f"{source}: truth must have shape {shape}, got {tuple(truth.shape)}")
     template = _split(source, arrays.get("template"), arrays.get("ends"), n)
     z_mm = tuple(float(z) for z in arrays.get("z_mm", np.empty(0)))
     if len(z_mm) not in (0, n) or not all(math.isfinite(z) for z in z_mm):
         raise InputError(f"{source}: z_mm must give a finite position for each of {n} slices")
     return MeasurementFile(measurement, truth, template, z_mm)
+
+
+def _counts(header: dict[str, Any], counts: Tensor | None) -> TransmissionPoisson | None:
+    """The photon counts of a CT measurement, where the file has them."""
+    if counts is None:
+        return None
+    return TransmissionPoisson(counts, float(header["photons"]), float(header["electronic"]))
 
 
 def _split(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ __all__ = [
     "combine_coils",
     "compression_matrix",
     "espirit",
+    "espirit_volume",
     "estimated_phase",
     "low_resolution_phase",
     "mix_coils",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 _SMALLEST = 1e-6  # a noise variance below this share of the largest is a dead channel
+_EMPTY = 1e-4  # sections of a volume below this share of the largest energy show no object
 _PHASE_SHARE = 1 / 8  # of k-space, at most, for a low-resolution phase
 
 
@@ -236,6 +239,46 @@ def espirit(
     phase = torch.sgn(torch.einsum("c,chw->hw", reference, maps))
     maps = torch.where(eigenvalue >= crop, maps * phase.conj(), 0)
     return Sensitivities(maps.to(torch.complex64), eigenvalue.float(), (len(span),))
+
+
+def espirit_volume(kspace: Tensor, **settings: Any) -> Sensitivities:
+    """Coil sensitivities of a volume, section by section along the readout.
+
+    The readout, the last axis, is fully sampled, so its inverse transform leaves k-space of the
+    other two axes at each position, to which :func:`espirit` applies.  One virtual coil, of all
+    sections together, fixes the phase, so that maps are continuous along the readout.
+
+    Args:
+        kspace: complex ``(coils, D, H, W)``, zeros where not measured.
+        settings: those of :func:`espirit`.
+
+    Returns:
+        Maps ``(coils, D, H, W)`` and eigenvalues ``(D, H, W)``.
+
+    Raises:
+        GeometryError: another shape, or a fully sampled centre too small for the kernel.
+        InputError: values that are not finite, or no signal.
+    """
+    if kspace.ndim != 4:
+        raise GeometryError(
+            f"espirit_volume needs k-space (coils, D, H, W), got shape {tuple(kspace.shape)}"
+        )
+    if not bool(torch.isfinite(torch.view_as_real(kspace)).all()):
+        raise InputError("k-space holds NaN or infinite values; remove or mask those samples")
+    sections = centred_ifft(kspace, 1).movedim(-1, 0)
+    reference = compression_matrix(sections.movedim(0, 1), 1)[0].to(torch.complex64)
+    # sections without signal (noise only) would be calibrated on noise
+    energy = sections.abs().square().sum(dim=(1, 2, 3))
+    seen = energy > _EMPTY * energy.max()
+    found = {int(k): espirit(sections[k], **settings) for k in seen.nonzero()[:, 0]}
+    maps = torch.zeros_like(sections)
+    eigenvalue = torch.zeros(sections.shape[0], *sections.shape[2:], device=kspace.device)
+    for k, one in found.items():
+        maps[k], eigenvalue[k] = one.maps, one.eigenvalue
+    phase = torch.sgn(torch.einsum("c,xchw->xhw", reference, maps))
+    maps = maps * phase.conj()[:, None]
+    kernels = tuple(n for one in found.values() for n in one.kernels)
+    return Sensitivities(maps.movedim(0, -1), eigenvalue.movedim(0, -1), kernels)
 
 
 def _calibration_data(kspace: Tensor, calibration: int, kernel: int) -> Tensor:

@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -55,7 +56,7 @@ Kernel = Literal["linear", "line", "strip"]
 
 _log = logging.getLogger(__name__)
 
-_CACHE_BYTES = 2 * 2**30  # most disk space of cached matrices
+_CACHE_BYTES = 4 * 2**30  # most disk space of cached matrices
 
 
 class RayTransform(LinearOperator):
@@ -86,7 +87,8 @@ class RayTransform(LinearOperator):
         path: ``"matrix"``, ``"astra"`` or ``"rays"``.
 
     The disk cache is ``$RECON_CACHE_DIR`` (``off`` disables it), else the user's cache folder; the
-    matrices unused for longest are dropped where all need more than 2 GiB.
+    matrices unused for longest are dropped where all need more than 4 GiB.  Processes of one
+    machine share the memory of a cached matrix.
 
     Raises:
         GeometryError: an empty grid, a voxel size that is not positive, a source in the grid.
@@ -125,22 +127,15 @@ class RayTransform(LinearOperator):
         _check_source(geometry, self.in_shape, self.spacing)
         if matrix_bytes(geometry, self.in_shape, pixel_mm, self.kernel) <= max_bytes:
             self.path: Literal["matrix", "astra", "rays"] = "matrix"
-            make = _cached_matrix if cache else _build_matrix
-            self._hold(make(geometry, self.in_shape, self.spacing, self.kernel))
+            scan = (geometry, self.in_shape, self.spacing, self.kernel)
+            self._hold(_cached_matrix(*scan) if cache else _parts(_build_matrix(*scan)))
         else:
             self.path = "astra" if _by_astra(geometry, self.kernel) else "rays"
 
-    def _hold(self, a: Any) -> None:
-        """Keep a scipy CSR matrix and its transpose as buffers."""
-        for name, csr in (("_a", a), ("_t", a.T.tocsr())):
-            # 32-bit indices halve the traffic and are what the CPU library's product takes
-            index = np.int32 if csr.nnz < 2**31 else np.int64
-            for part, values in (
-                ("rows", csr.indptr.astype(index, copy=False)),
-                ("cols", csr.indices.astype(index, copy=False)),
-                ("vals", csr.data.astype(np.float32, copy=False)),
-            ):
-                self.register_buffer(f"{name}_{part}", torch.from_numpy(values), persistent=False)
+    def _hold(self, parts: dict[str, Tensor]) -> None:
+        """Keep a matrix and its transpose as buffers."""
+        for name, values in parts.items():
+            self.register_buffer(f"_{name}", values, persistent=False)
 
     @property
     def pixel_mm(self) -> float:
@@ -169,7 +164,7 @@ class RayTransform(LinearOperator):
             held = tuple(b.cpu().numpy() for b in (self._a_vals, self._a_cols, self._a_rows))
             size = (math.prod(self.out_shape), math.prod(self.in_shape))
             rows = np.arange(size[0]).reshape(count, -1)[chosen].ravel()
-            part._hold(scipy.sparse.csr_matrix(held, shape=size)[rows])
+            part._hold(_parts(scipy.sparse.csr_matrix(held, shape=size)[rows]))
             part = part.to(self._a_vals.device)
         return part
 
@@ -558,51 +553,79 @@ def _cache_dir() -> Path | None:
 
 def _cached_matrix(
     geometry: Geometry, shape: tuple[int, ...], spacing: tuple[float, ...], kernel: Kernel
-) -> Any:
-    """The system matrix from the disk cache, or built and, where possible, cached."""
+) -> dict[str, Tensor]:
+    """The system matrix and its transpose from the disk cache, or built and, if possible, cached.
+
+    What is cached is mapped into memory, so that processes of one machine share it.
+    """
     import astra
 
     folder = _cache_dir()
     if folder is None:
-        return _build_matrix(geometry, shape, spacing, kernel)
+        return _parts(_build_matrix(geometry, shape, spacing, kernel))
     key = json.dumps(
-        ["matrix-2", astra.__version__, geometry.to_dict(), list(shape), list(spacing), kernel]
+        ["matrix-3", astra.__version__, geometry.to_dict(), list(shape), list(spacing), kernel]
     )
-    path = folder / f"ray-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+    path = folder / f"ray-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     size = (math.prod(geometry.data_shape), math.prod(shape))
     cached = _read_matrix(path, size)
     if cached is not None:
         return cached
-    built = _build_matrix(geometry, shape, spacing, kernel)
+    built = _parts(_build_matrix(geometry, shape, spacing, kernel))
     _write_matrix(path, built)
     return built
 
 
-def _read_matrix(path: Path, size: tuple[int, int]) -> Any:
-    """A cached matrix, or None where there is none that can be used."""
-    import zipfile
+def _parts(a: Any) -> dict[str, Tensor]:
+    """A scipy CSR matrix and its transpose as tensors."""
+    found = {}
+    for name, csr in (("a", a), ("t", a.T.tocsr())):
+        # 32-bit indices halve the traffic and are what the CPU library's product takes
+        index = np.int32 if csr.nnz < 2**31 else np.int64
+        for part, values in (
+            ("rows", csr.indptr.astype(index, copy=False)),
+            ("cols", csr.indices.astype(index, copy=False)),
+            ("vals", csr.data.astype(np.float32, copy=False)),
+        ):
+            found[f"{name}_{part}"] = torch.from_numpy(values)
+    return found
 
+
+def _checksum(parts: dict[str, Tensor]) -> str:
+    """CRC-32 of all values in order of name."""
+    crc = 0
+    for name in sorted(parts):
+        crc = zlib.crc32(parts[name].numpy().data, crc)
+    return f"{crc:08x}"
+
+
+def _read_matrix(path: Path, size: tuple[int, int]) -> dict[str, Tensor] | None:
+    """A cached matrix, or None where there is none that can be used."""
     import scipy.sparse
+    from safetensors import SafetensorError, safe_open
 
     try:
-        # numpy's archive carries a checksum of each array, which reading verifies
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            parts = (file["data"], file["indices"], file["indptr"])
-        matrix = scipy.sparse.csr_matrix(parts, shape=size)
-        matrix.check_format(full_check=True)
+        with safe_open(path, framework="pt") as file:
+            parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            told = (file.metadata() or {}).get("crc32")
+        if told != _checksum(parts):
+            raise ValueError("its checksum differs")
+        for name, shape in (("a", size), ("t", size[::-1])):
+            csr = tuple(parts[f"{name}_{part}"].numpy() for part in ("vals", "cols", "rows"))
+            scipy.sparse.csr_matrix(csr, shape=shape).check_format(full_check=True)
         with contextlib.suppress(OSError):  # the time of last use, for pruning
             path.touch()
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         _log.warning("cached system matrix %s cannot be read (%s); rebuilding", path.name, error)
         return None
-    return matrix
+    return parts
 
 
 def _prune(folder: Path) -> None:
     """Drop the matrices unused for longest until the cache is within its bound."""
-    files = sorted(folder.glob("ray-*.npz"), key=lambda p: p.stat().st_mtime, reverse=True)
+    files = sorted(folder.glob("ray-*"), key=lambda p: p.stat().st_mtime, reverse=True)
     total = 0
     for file in files:
         total += file.stat().st_size
@@ -610,19 +633,17 @@ def _prune(folder: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def _write_matrix(path: Path, matrix: Any) -> None:
+def _write_matrix(path: Path, parts: dict[str, Tensor]) -> None:
     """Cache a matrix by an atomic rename; a cache that cannot be written only costs time."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            try:
-                np.savez(file, data=matrix.data, indices=matrix.indices, indptr=matrix.indptr)
-                file.close()
-                Path(file.name).replace(path)
-            except BaseException:
-                file.close()
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        with tempfile.TemporaryDirectory(dir=path.parent, suffix=".tmp") as folder:
+            whole = Path(folder) / path.name
+            save_file(parts, whole, metadata={"crc32": _checksum(parts)})
+            whole.replace(path)
         _prune(path.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         _log.info("system matrix not cached in %s (%s)", path.parent, error)

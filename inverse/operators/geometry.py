@@ -425,6 +425,46 @@ class ConeBeam(_Circular):
     def __post_init__(self) -> None:
         self._check_views(("rows", "columns"), ("row_mm", "column_mm", "source_mm", "detector_mm"))
 
+    @classmethod
+    def sparse(
+        cls,
+        views: int,
+        shape: tuple[int, int, int],
+        spacing: tuple[float, float, float],
+        arc: float = 2 * math.pi,
+        source_mm: float = 570.0,
+        detector_mm: float = 470.0,
+    ) -> ConeBeam:
+        """``views`` equal steps over ``arc`` rad; rays a voxel apart cover the whole volume.
+
+        Columns are those of :meth:`FanBeam.sparse`.  Rows, a slice apart at the rotation axis,
+        cover the shadow of the volume's top edge where it is nearest to the source.
+
+        Args:
+            views: number of views.
+            shape: volume (Z, Y, X).
+            spacing: voxel size (z, y, x) in mm; rows and columns are equal.
+            arc: covered angle in rad, default a full turn.
+            source_mm: distance from source to rotation axis.
+            detector_mm: distance from rotation axis to detector.
+
+        Raises:
+            GeometryError: if the source would be inside the volume's cylinder.
+        """
+        slices, rows, columns = shape
+        fan = FanBeam.sparse(views, (rows, columns), spacing[2], arc, source_mm, detector_mm)
+        radius = math.hypot(rows, columns) * spacing[2] / 2
+        count = math.ceil(slices * source_mm / (source_mm - radius))
+        return cls(
+            fan.angles,
+            count + (count - slices) % 2,  # as for parallel beams
+            fan.bins,
+            spacing[0] * fan.bin_mm / fan.pitch_mm,
+            fan.bin_mm,
+            source_mm,
+            detector_mm,
+        )
+
     @property
     def data_shape(self) -> tuple[int, int, int]:
         """Shape of the data, (views, rows, columns)."""
@@ -462,6 +502,16 @@ class ConeBeam(_Circular):
     def rays(self) -> tuple[Float64, Float64]:
         """The source for each ray in mm and unit directions, ``(views, rows, columns, 3)``."""
         return self.vectors().rays()
+
+    def finer(self, factor: int) -> ConeBeam:
+        """The same panel with each element cut into ``factor`` x ``factor``."""
+        return replace(
+            self,
+            rows=self.rows * factor,
+            columns=self.columns * factor,
+            row_mm=self.row_mm / factor,
+            column_mm=self.column_mm / factor,
+        )
 
     def __repr__(self) -> str:
         return (

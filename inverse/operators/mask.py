@@ -53,6 +53,12 @@ class Mask(LinearOperator):
         return exact_solve(masked_divide(b, self.mask + r, x0), b, len(self.in_shape))
 
     @property
+    def slicewise(self) -> bool:
+        """Whether this is a volume of which whole slices are missing, and nothing else."""
+        volume = self.mask.ndim == 3
+        return volume and bool((self.mask == self.mask[..., :1, :1]).all())
+
+    @property
     def measured(self) -> int:
         """Pixels that are seen."""
         return int(self.mask.sum())

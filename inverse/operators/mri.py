@@ -205,9 +205,10 @@ class Sense(_Sampled):
         images = x.expand(*batch, *self.in_shape).reshape(-1, *self.in_shape)
         out = images.new_empty(len(images), *self.out_shape)
         for part in _parts(images):
-            seen = _of(self._turned, part) * images[part].unsqueeze(-1 - n)
-            k = torch.fft.fftn(seen, dim=self._axes)
-            torch.mul(k, self._sampling, out=out[part])
+            # the result holds the coils' images first: one buffer less to fetch
+            here = out[part]
+            torch.mul(_of(self._turned, part), images[part].unsqueeze(-1 - n), out=here)
+            torch.mul(torch.fft.fftn(here, dim=self._axes), self._sampling, out=here)
         return out.reshape(*batch, *self.out_shape)
 
     def _adjoint(self, y: Tensor) -> Tensor:

@@ -159,6 +159,35 @@ class TransmissionPoisson:
         signal, rate = self._rate(line)
         return signal * (self._shifted() / rate - 1.0)
 
+    def curvature(self, line: Tensor | None = None) -> Tensor:
+        r"""Curvature of a parabola above :meth:`value`, touching it at ``line``; float64.
+
+        The least one that holds for all :math:`l \ge 0`, with f short for the value,
+
+        .. math:: c(l) = \Big[\frac{2}{l^2}\big(f(0) - f(l) + l\dot f(l)\big)\Big]_+ ,
+            \qquad c(0) = [\ddot f(0)]_+ ;
+
+        without ``line`` that of f itself where it fits the count,
+        :math:`(N' - \sigma_e^2)_+^2/N'`, which is no bound.
+
+        Args:
+            line: line integrals, not negative, of the shape of ``counts`` up to broadcasting.
+
+        Source: Erdogan and Fessler, IEEE Trans. Med. Imaging 18 (1999), and Phys. Med. Biol. 44
+        (1999).
+        """
+        n, dark = self._shifted(), self.electronic**2
+        if line is None:
+            return (n - dark).clamp_min(0.0) ** 2 / n.clamp_min(1.0)
+        at = line.to(torch.float64)
+        air = self.photons + dark
+        flat = self.photons * (1.0 - n * dark / air**2)  # second derivative at zero
+        rise = self.value(torch.zeros_like(at)) - self.value(at) + at * self.gradient(at)
+        # the difference of like numbers is rounding where l is small, and the limit is known
+        small = at < 1e-3
+        c = torch.where(small, flat, 2.0 * rise / at.clamp_min(1e-3).square())
+        return c.clamp_min(0.0)
+
     def gaussian(self, line: Tensor) -> tuple[Tensor, Tensor]:
         r"""The Gaussian likelihood that is nearest about given line integrals.
 

@@ -12,7 +12,7 @@ from inverse.errors import GeometryError
 from inverse.operators.linop import LinearOperator, Solve, _per_sample
 from inverse.operators.mask import exact_solve
 
-__all__ = ["ThickSlices", "Upsample"]
+__all__ = ["ThickSlices", "Upsample", "between_slices"]
 
 
 class Upsample(LinearOperator):
@@ -22,7 +22,7 @@ class Upsample(LinearOperator):
     the border, so that a constant image stays constant.
 
     Args:
-        shape: coarse ``(rows, columns)``.
+        shape: coarse ``(rows, columns)``, or a volume's, whose slices stay as many.
         factor: whole refinement factor.
         dtype: image dtype.
     """
@@ -33,14 +33,15 @@ class Upsample(LinearOperator):
     def __init__(
         self, shape: Sequence[int], factor: int, dtype: torch.dtype = torch.float32
     ) -> None:
-        if len(shape) != 2 or factor < 1:
+        if len(shape) not in (2, 3) or factor < 1:
             raise GeometryError(
-                f"Upsample takes a 2-D shape and a factor of at least 1, got {tuple(shape)} and "
-                f"{factor}"
+                f"Upsample takes an image or a volume and a factor of at least 1, got "
+                f"{tuple(shape)} and {factor}"
             )
-        super().__init__(shape, [n * factor for n in shape], dtype)
-        self.register_buffer("rows", _weights(shape[0], factor).to(dtype), persistent=False)
-        self.register_buffer("columns", _weights(shape[1], factor).to(dtype), persistent=False)
+        h, w = shape[-2:]
+        super().__init__(shape, (*shape[:-2], h * factor, w * factor), dtype)
+        self.register_buffer("rows", _weights(h, factor).to(dtype), persistent=False)
+        self.register_buffer("columns", _weights(w, factor).to(dtype), persistent=False)
 
     def _forward(self, x: Tensor) -> Tensor:
         return self.rows @ x @ self.columns.T
@@ -123,6 +124,11 @@ class ThickSlices(LinearOperator):
             "complex": self.dtype.is_complex,
         }
 
+    @property
+    def centres(self) -> Tensor:
+        """Position of each thick slice's middle, in thin slices, ``(J,)``."""
+        return torch.arange(self.out_shape[0]) * float(self.step) + (self.thickness - 1) / 2
+
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> ThickSlices:
         """The inverse of :meth:`spec`."""
@@ -134,6 +140,27 @@ class ThickSlices(LinearOperator):
     def extra_repr(self) -> str:
         """Shapes, thickness and step, for ``repr``."""
         return f"{super().extra_repr()}, thickness {self.thickness}, step {self.step}"
+
+
+def between_slices(known: Tensor, positions: Tensor, count: int) -> Tensor:
+    """Slices 0, 1, ... interpolated linearly along z between those that are known.
+
+    Args:
+        known: ``(*b, J, Y, X)``, real or complex.
+        positions: of the known slices, ascending, in slices, ``(J,)``.
+        count: Z, the number of slices wanted; those beyond the ends repeat the nearest one.
+
+    Returns:
+        ``(*b, Z, Y, X)``.
+    """
+    at = positions.to(known.device, torch.float32)
+    z = torch.arange(count, dtype=torch.float32, device=known.device)
+    high = torch.searchsorted(at, z).clamp(1, max(len(at) - 1, 1)).clamp_max(len(at) - 1)
+    low = (high - 1).clamp_min(0)
+    share = ((z - at[low]) / (at[high] - at[low]).clamp_min(1e-6)).clamp(0.0, 1.0)
+    return torch.lerp(
+        known[..., low, :, :], known[..., high, :, :], share[:, None, None].to(known.dtype)
+    )
 
 
 def _along_z(matrix: Tensor, x: Tensor) -> Tensor:
