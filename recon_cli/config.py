@@ -22,7 +22,7 @@ from recon_cli.runlog import nameless
 
 __all__ = ["Config", "resolved"]
 
-_TELLING = {"config", "quiet", "verbose", "debug", "json", "help"}
+_TELLING = {"config", "quiet", "verbose", "debug", "json", "help", "dry-run"}
 """Options that change what is told, not what is made."""
 
 
@@ -89,13 +89,15 @@ Config = Annotated[
 def resolved(context: typer.Context, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a command runs with, wherever each comes from, but for what is told.
 
-    Values are `nameless`, since folders and identifiers tell patients.
+    Values are `nameless`, since folders and identifiers tell patients, unless the user asks.
     """
 
     def told(value: Any) -> Any:
         if isinstance(value, list):
             return [told(v) for v in value]
-        return nameless(str(value)) if isinstance(value, str | Path) else value
+        if not isinstance(value, str | Path):
+            return value
+        return str(value) if given.get("include_phi") else nameless(str(value))
 
     names = {k: p.name for k, p in _names(context).items() if k not in _TELLING}
     return {name: told(given.get(parameter)) for name, parameter in names.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,6 +10,7 @@ import typer
 
 from recon_cli import options as o
 from recon_cli.console import log, print_json
+from recon_cli.dryrun import plan_measurement, tell
 from recon_cli.errors import usage
 from recon_cli.options import command
 from recon_cli.output import check_file
@@ -140,9 +142,15 @@ def _read(
 def _templates(path: Path, file: MeasurementFile, max_bytes: int) -> tuple[bytes, ...]:
     """Headers of an image series with as many slices as the measurement."""
     from inverse.errors import InputError
-    from inverse.io.series import read_series
+    from inverse.io.series import inspect, read_series
 
     modality = file.measurement.modality
+    stacks = [s for s in inspect(path, max_bytes=max_bytes).stacks if not s.localizer]
+    if len(stacks) > 1:
+        raise InputError(
+            f"--template '{path}' holds {len(stacks)} stacks; give the folder or file of one "
+            "series ('recon inspect' lists them)"
+        )
     images = read_series(path, modality=modality, max_bytes=max_bytes)
     if images.modality != modality or len(images.templates) != len(file.measurement):
         raise InputError(
@@ -152,7 +160,8 @@ def _templates(path: Path, file: MeasurementFile, max_bytes: int) -> tuple[bytes
     return images.templates
 
 
-def _tell(out: Path, name: str, file: MeasurementFile) -> dict[str, Any]:
+def _describe(out: Path, name: str, file: MeasurementFile) -> dict[str, Any]:
+    """The measurement in plain JSON values."""
     measurement = file.measurement
     noise = measurement.noise
     return {
@@ -171,7 +180,6 @@ def _tell(out: Path, name: str, file: MeasurementFile) -> dict[str, Any]:
             "from": measurement.provenance["noise"],
         },
         "provenance": dict(measurement.provenance),
-        **sha256_of(out),
     }
 
 
@@ -201,6 +209,7 @@ def register(app: typer.Typer) -> None:
         template: _Template = None,
         limits: Limits = 4.0,
         overwrite: o.Overwrite = False,
+        dry_run: o.DryRun = False,
         as_json: o.Json = False,
     ) -> None:
         """Make a measurement file of raw data: k-space or projections as scanners export them."""
@@ -227,11 +236,16 @@ def register(app: typer.Typer) -> None:
         else:
             image_mm = pixel_mm if name == "ctpd" else None
             file = raw.measurement(matrix, image_mm, mu_water)
-        headers = file.template if template is None else _templates(template, file, cap)
+        if template is not None:
+            file = replace(file, template=_templates(template, file, cap))
+        result = _describe(out, name, file)
+        if dry_run:
+            tell(plan_measurement(out, result, file), as_json)
+            return
         write_measurement(
-            out, file.measurement, template=headers, z_mm=file.z_mm, overwrite=overwrite
+            out, file.measurement, template=file.template, z_mm=file.z_mm, overwrite=overwrite
         )
-        result = _tell(out, name, file)
+        result |= sha256_of(out)
         if as_json:
             print_json(result)
             return

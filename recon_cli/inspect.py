@@ -1,21 +1,32 @@
-"""``recon inspect``: what a folder, file or zip archive holds, and which prior fits."""
+"""``recon inspect``: what a folder, file or archive holds, and what can be done with it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from recon_cli import runlog
 from recon_cli.console import log, print_json, print_table
-from recon_cli.options import Input, Json, command
+from recon_cli.options import Json, command
+from recon_cli.runlog import SCHEMA_VERSION
 from recon_cli.scans import Limits, bytes_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from inverse.io.series import Inspection, Stack
     from inverse.priors import PriorCard
+
+_Input = Annotated[
+    Path,
+    typer.Argument(
+        metavar="IN",
+        help="DICOM folder, file or zip archive, NIfTI file, raw data, or measurement file.",
+        show_default=False,
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -24,70 +35,168 @@ def register(app: typer.Typer) -> None:
     @command(
         app,
         "inspect",
+        phi=True,
         examples="""
         recon inspect CT_FOLDER
         recon inspect archive.zip --json
         recon inspect brain.nii.gz
+        recon inspect scan.h5
         """,
     )
-    def inspect(path: Input, limits: Limits = 4.0, as_json: Json = False) -> None:
-        """Show stacks, geometry, units, warnings and fitting priors; reads headers only."""
+    def inspect(path: _Input, limits: Limits = 4.0, as_json: Json = False) -> None:
+        """Show stacks, geometry, units, warnings, fitting priors and raw data; reads headers."""
         from inverse.errors import NoInputError
-        from inverse.io.raw import describe_hdf5
-        from inverse.io.series import inspect as read
+        from inverse.io.dicom import identities
         from inverse.priors import list_priors
 
-        raw = describe_hdf5(path)
-        if raw is not None:
-            _tell_raw(path, raw, as_json)
-            return
-        found = read(path, max_bytes=bytes_of(limits))
-        if not found.stacks:
+        cap, phi = bytes_of(limits), bool(runlog.OPTIONS.get("include-phi"))
+        found, raw = _look(path, cap, phi)
+        if not found.stacks and not raw:
             reasons = "; ".join(f"{n} x {reason}" for reason, n in found.skipped.items())
             raise NoInputError(
                 f"'{path}' holds no CT or MR images ({reasons}); give a CT or MR series"
             )
         cards = list_priors()
         fits = [_fitting(stack, cards) for stack in found.stacks]
+        patients = identities(path, found, max_bytes=cap) if phi else []
         if as_json:
             result = found.to_dict()
             for entry, names in zip(result["stacks"], fits, strict=True):
                 entry["priors"] = names
-            print_json({"schema_version": 1, **result})
+            for entry, patient in zip(result["stacks"], patients, strict=False):
+                entry["patient"] = patient
+            print_json({"schema_version": SCHEMA_VERSION, **result, "raw": raw})
             return
-        print_table(
-            _title(found, path),
-            ["stack", "series", "no.", "modality", "slices", "matrix", "spacing mm", "remarks",
-             "priors"],
-            [_row(stack, names) for stack, names in zip(found.stacks, fits, strict=True)],
-            left=9,
-        )  # fmt: skip
+        if found.stacks:
+            print_table(
+                _title(found, path),
+                ["stack", "series", "no.", "modality", "slices", "matrix", "spacing mm",
+                 "remarks", "priors"],
+                [_row(stack, names) for stack, names in zip(found.stacks, fits, strict=True)],
+                left=9,
+            )  # fmt: skip
         for stack in found.stacks:
             for kind, notes in (("problem", stack.problems), ("warning", stack.warnings)):
                 for note in notes:
                     print(f"stack {stack.key}: {kind}: {note.text} [{note.code}]")
+        for stack, patient in zip(found.stacks, patients, strict=False):
+            for name, text in patient.items():
+                print(f"stack {stack.key}: {name}: {text}")
+        for entry in raw:
+            print(_line(path, entry))
         for reason, count in found.skipped.items():
-            log(f"skipped {count} files: {reason}")
+            log(f"skipped {count} file{'s' * (count > 1)}: {reason}")
         for note in found.warnings:
             log(f"warning: {note.text} [{note.code}]")
 
 
-def _tell_raw(path: Path, raw: Mapping[str, Any], as_json: bool) -> None:
-    """A measurement file or raw data, and which command takes them."""
-    measured = raw["kind"] == "measurement"
-    command = "reconstruct" if measured else "convert"
-    if raw["kind"] == "unknown HDF5":
-        command = "convert --format NAME"
-    if as_json:
-        print_json({"schema_version": 1, "stacks": [], "raw": {**raw, "command": command}})
-        return
-    shape = " x ".join(map(str, raw.get("shape", ())))
-    label = f", {raw['label']}" if raw.get("label") else ""
-    size = f", data {shape}" if shape else ""
-    what = "measurement file" if measured else f"{raw['kind']} raw data"
-    if measured:
-        size += ", simulated" if raw["simulated"] else ", measured"
-    print(f"{path}: {what}{label}{size}; next: recon {command} {path} -o OUT")
+def _look(path: Path, cap: int, phi: bool) -> tuple[Inspection, list[dict[str, Any]]]:
+    """Image stacks, and raw data with what takes them; what is neither is counted."""
+    from inverse.io.raw import describe_raw, find_raw
+    from inverse.io.series import Inspection
+    from inverse.io.series import inspect as read
+
+    header = path.with_name(path.name + ".hdr")  # BART names a pair without suffix
+    source = header if not path.exists() and header.is_file() else path
+    alone = describe_raw(source) if source.is_file() else None
+    if alone is not None:
+        return Inspection((), {}), [{"file": "the file", **alone}]
+    found = read(path, max_bytes=cap)
+    files = find_raw(path) if path.is_dir() else []
+    if found.stacks and found.stacks[0].headers:
+        files += _images_beside(path)
+    raw = [
+        {"file": _shown(path, file, k, len(files), phi), **about}
+        for k, (file, about) in enumerate(files, start=1)
+    ]
+    skipped = dict(found.skipped)
+    if "not DICOM" in skipped:
+        # a BART pair is two files
+        known = sum(2 if about["kind"] == "bart" else 1 for _, about in files)
+        skipped["not DICOM"] -= known
+    raw += _projections(skipped)
+    left = {k: n for k, n in skipped.items() if n > 0 and not k.startswith(_projection_words())}
+    return replace(found, skipped=left), raw
+
+
+def _projection_words() -> str:
+    from inverse.io.dicom_headers import PROJECTIONS
+
+    return PROJECTIONS
+
+
+def _images_beside(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """NIfTI images in a folder that is read as DICOM."""
+    from inverse.io.nifti import nifti_files
+
+    return [(file, {"kind": "nifti", "command": "study"}) for file in nifti_files(path)]
+
+
+def _projections(skipped: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+    """Projection data among the DICOM files; helical scans with the reason why not."""
+    for reason, count in skipped.items():
+        if reason.startswith(_projection_words()):
+            scan = reason.rpartition(" ")[2]
+            entry: dict[str, Any] = {"kind": "ctpd", "files": count, "scan": scan}
+            if scan == "helical":
+                problem = "rebin to axial fan-beam data first; helical scans are not served"
+                yield entry | {"command": None, "problem": problem}
+            else:
+                yield entry | {"command": "convert"}
+
+
+def _shown(root: Path, file: Path, k: int, total: int, phi: bool) -> str:
+    """A file by its name where that tells no patient, else by its number."""
+    from inverse.io.dicom_files import is_plain_name
+
+    if phi:
+        return str(file.relative_to(root))
+    name = f" ({file.name})" if is_plain_name(file.name) else ""
+    return f"raw file {k} of {total} by path{name}"
+
+
+_KINDS = {
+    "measurement": "measurement file",
+    "ismrmrd": "ISMRMRD raw data",
+    "fastmri": "fastMRI raw data",
+    "bart": "BART data",
+    "dxchange": "Data Exchange raw data",
+    "ctpd": "DICOM-CT-PD projections",
+    "nifti": "NIfTI image",
+}
+
+
+def _line(path: Path, entry: Mapping[str, Any]) -> str:
+    """An entry in words, with the command that takes it."""
+    parts = [_KINDS.get(entry["kind"], str(entry["kind"]))]
+    if entry["kind"] == "ctpd":
+        parts.append(f"{entry['files']} files, {entry['scan']}")
+    if entry.get("label"):
+        parts.append(str(entry["label"]))
+    for name in ("shape", "matrix"):
+        if name in entry:
+            word = "data" if name == "shape" else name
+            parts.append(f"{word} {' x '.join(map(str, entry[name]))}")
+    if "trajectory" in entry:
+        parts.append(f"{entry['trajectory']}, {entry['readouts']} readouts")
+    if "dimensions" in entry:
+        parts.append(" x ".join(f"{n} {name}" for name, n in entry["dimensions"].items()))
+    if "simulated" in entry:
+        parts.append("simulated" if entry["simulated"] else "measured")
+    if "problem" in entry:
+        parts.append(str(entry["problem"]))
+    alone = entry.get("file") in (None, "the file")
+    where = str(path) if alone else f"{path}, {entry['file']}"
+    target = str(path) if alone else "FILE"
+    if entry["kind"] == "unknown HDF5":
+        parts.append("of no known format; name one with 'recon convert --format'")
+    todo = {
+        "convert": f"recon convert {target} -o MEAS.h5",
+        "reconstruct": f"recon reconstruct {target} -o OUT",
+        "study": f"recon study ct {target} -o OUT, or study mri",
+    }.get(entry["command"] or "", "")
+    todo += " --pixel-mm MM" if entry["kind"] == "bart" else ""
+    return f"{where}: {', '.join(parts)}" + (f"; next: {todo}" if todo else "")
 
 
 def _title(found: Inspection, path: Path) -> str:

@@ -6,6 +6,7 @@ While a command runs, everything lies in a hidden folder beside the output::
         lock            held by the running process; the system lets go of it however that ends
         manifest.json   what the run is: options, hashes of inputs, prior and data, versions
         saved/*.npz     finished pieces, each whole on disk before the next is begun
+        claims/*        pieces that a process of this run computes, or has computed
         out/            the output, which takes the name NAME in one step at the very end
 
 A run that ends by itself, be it by an error or Ctrl-C, takes the hidden folder away, unless
@@ -66,6 +67,18 @@ def check_file(path: Path, overwrite: bool) -> None:
         raise _refuse(f"output '{path}' is a folder; give a file name")
     if path.exists() and not overwrite:
         raise _refuse(f"output file '{path}' exists; give another -o, or --overwrite")
+    _check_place(path)
+
+
+def _check_place(out: Path) -> None:
+    """Refuse an output whose folder cannot be made or written, before any work is done."""
+    folder = next((p for p in out.absolute().parents if p.exists()), Path("/"))
+    if not folder.is_dir():
+        raise _refuse(f"output '{out}' cannot be written ('{folder}' is a file); give another -o")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _refuse(
+            f"output '{out}' cannot be written (no permission in '{folder}'); give another -o"
+        )
 
 
 def _check_folder(out: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
@@ -170,6 +183,17 @@ class Saved:
         np.savez(stream, **members)
         write_whole(self.folder / "saved" / f"{name}.npz", stream.getvalue())
 
+    def claim(self, name: str) -> bool:
+        """Whether this process is the first of the run's to ask for a piece."""
+        if self.folder is None:
+            return True
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        try:
+            os.close(os.open(self.folder / "claims" / name, flags, 0o600))
+        except FileExistsError:
+            return False
+        return True
+
 
 NOTHING_SAVED = Saved(None)
 
@@ -183,11 +207,14 @@ def _difference(name: str, before: Any, now: Any) -> str:
 
 
 class Batches(MutableMapping[int, "Batch"]):
-    """The finished batches of `inverse.reconstruct`, as pieces of a run."""
+    """The finished batches of `inverse.reconstruct`, as pieces of a run.
+
+    They lie on disk, not in memory, unless the run keeps nothing.
+    """
 
     def __init__(self, saved: Saved) -> None:
         self._saved = saved
-        self._here: dict[int, Batch] = {}
+        self._here: dict[int, Batch] = {}  # where nothing is kept on disk
 
     def __contains__(self, number: object) -> bool:
         return isinstance(number, int) and self._find(number) is not None
@@ -199,33 +226,44 @@ class Batches(MutableMapping[int, "Batch"]):
         return found
 
     def __setitem__(self, number: int, batch: Batch) -> None:
-        self._here[number] = batch
+        if self._saved.folder is None:
+            self._here[number] = batch
         meta = [batch.images, batch.operator_calls, batch.seconds]
         samples = batch.samples.resolve_conj().numpy()
-        self._saved.put(f"batch-{number:06d}", {"samples": samples}, meta)
+        self._saved.put(self._name(number), {"samples": samples}, meta)
 
     def __delitem__(self, number: int) -> None:
         raise TypeError("finished batches are not taken back")
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._here)
+        if self._saved.folder is None:
+            return iter(self._here)
+        names = (path.stem for path in self._saved.folder.glob("saved/batch-*.npz"))
+        return iter(sorted(int(name.removeprefix("batch-")) for name in names))
 
     def __len__(self) -> int:
-        return len(self._here)
+        return sum(1 for _ in self)
+
+    def claim(self, number: int) -> bool:
+        """Whether this process shall compute a batch, which no other of the run does then."""
+        return self._saved.claim(self._name(number))
+
+    def _name(self, number: int) -> str:
+        return f"batch-{number:06d}"
 
     def _find(self, number: int) -> Batch | None:
         import torch
 
         from inverse.reconstruct import Batch
 
-        if number not in self._here:
-            piece = self._saved.get(f"batch-{number:06d}")
-            if piece is None:
-                return None
-            arrays, (images, calls, seconds) = piece
-            samples = torch.from_numpy(arrays["samples"])
-            self._here[number] = Batch(samples, int(images), int(calls), float(seconds))
-        return self._here[number]
+        if self._saved.folder is None:
+            return self._here.get(number)
+        piece = self._saved.get(self._name(number))
+        if piece is None:
+            return None
+        arrays, (images, calls, seconds) = piece
+        samples = torch.from_numpy(arrays["samples"])
+        return Batch(samples, int(images), int(calls), float(seconds))
 
 
 # --- the hidden folder -------------------------------------------------------------------------
@@ -239,9 +277,23 @@ class Work:
     saved: Saved
 
 
+def _check_left(out: Path, found: int, resume: bool | None, overwrite: bool) -> None:
+    """Refuse to pass over what a run that was cut short left."""
+    if found and not resume and not overwrite:
+        raise _refuse(
+            f"a run to '{out}' was cut short and left finished pieces; continue it with "
+            "--resume, or start over with --overwrite"
+        )
+
+
 @contextmanager
 def working_folder(
-    out: Path, *, overwrite: bool, inputs: Sequence[Path] = (), resume: bool | None = None
+    out: Path,
+    *,
+    overwrite: bool,
+    inputs: Sequence[Path] = (),
+    resume: bool | None = None,
+    dry: bool = False,
 ) -> Iterator[Work]:
     """A hidden folder beside ``out`` that takes its name when the block ends without an error.
 
@@ -252,6 +304,7 @@ def working_folder(
         inputs: paths that must not lie inside a folder that is replaced.
         resume: continue a run that was cut short, and keep finished pieces if this one is;
             ``None`` for commands that cannot.
+        dry: refuse what would be refused, and touch nothing; the folder is not there.
 
     Raises:
         OutputError: ``out`` is not empty and may not be replaced, or cannot be written; a run
@@ -259,6 +312,12 @@ def working_folder(
     """
     out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow links in the parents
     hidden = out.with_name(f".{out.name}.recon-work")
+    _check_place(out)
+    if dry:
+        _check_folder(out, overwrite, inputs)
+        _check_left(out, len(Saved(hidden)), resume, overwrite)
+        yield Work(hidden / "out", NOTHING_SAVED)
+        return
     made = [p for p in (hidden, *hidden.parents) if not p.exists()]
     with _uninterrupted():
         lock = _claim(hidden, out, made)
@@ -267,11 +326,7 @@ def working_folder(
         _restore(hidden, out)
         _check_folder(out, overwrite, inputs)
         found, stale = len(Saved(hidden)), (hidden / "out").exists()
-        if found and not resume and not overwrite:
-            raise _refuse(
-                f"a run to '{out}' was cut short and left finished pieces; continue it with "
-                "--resume, or start over with --overwrite"
-            )
+        _check_left(out, found, resume, overwrite)
         if found and resume:
             log(f"continuing a run that was cut short, with {found} finished pieces")
         elif stale:
@@ -287,7 +342,8 @@ def working_folder(
             if not (keep and len(Saved(hidden))):
                 shutil.rmtree(hidden, ignore_errors=True)
             elif resume:
-                shutil.rmtree(hidden / "out", ignore_errors=True)
+                for name in ("out", "claims"):
+                    shutil.rmtree(hidden / name, ignore_errors=True)
                 log("finished pieces are kept; repeat the command with --resume to continue")
             os.close(lock)
             _remove_empty(made)
@@ -333,11 +389,13 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 def _prepare(hidden: Path, keep: bool) -> None:
     """An empty place for the output; finished pieces stay or go."""
-    shutil.rmtree(hidden / "out", ignore_errors=True)
+    for name in ("out", "claims"):
+        shutil.rmtree(hidden / name, ignore_errors=True)
     if not keep:
         shutil.rmtree(hidden / "saved", ignore_errors=True)
         (hidden / "manifest.json").unlink(missing_ok=True)
     (hidden / "saved").mkdir(exist_ok=True)
+    (hidden / "claims").mkdir()
     (hidden / "out").mkdir()
 
 

@@ -1,4 +1,7 @@
-"""``run.json``: everything needed to tell what was run and to run it again; no patient data."""
+"""``run.json``: everything needed to tell what was run and to run it again.
+
+It names no patient, unless the user asks with ``--include-phi``.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +116,20 @@ class RunLog:
         self.seed = 0
         self.device = "cpu"
         self.simulation = False
+        self.patient: dict[str, str] = {}
         self._paths = dict(paths)
+
+    @property
+    def include_phi(self) -> bool:
+        """Whether patient data may be written."""
+        return bool(self.options.get("include-phi"))
+
+    def identify(self, template: bytes) -> None:
+        """Keep who is imaged, if the user asked for it."""
+        from inverse.io.dicom import patient_of
+
+        if self.include_phi:
+            self.patient = patient_of(template)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -149,7 +165,7 @@ class RunLog:
         result = {
             "schema_version": SCHEMA_VERSION,
             "command": self.command,
-            "argv": ["recon", *(self._argument(a) for a in ARGV)],
+            "argv": ["recon", *(a if self.include_phi else self._argument(a) for a in ARGV)],
             "options": self.options,
             "started": self.started.isoformat(timespec="seconds"),
             "resumed": self.resumed,
@@ -165,4 +181,6 @@ class RunLog:
             "warnings": self.warnings,
             "timings_seconds": self.timings,
         }
+        if self.patient:
+            result["patient"] = self.patient
         return dict(plain_json(result))

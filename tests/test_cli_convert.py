@@ -24,7 +24,8 @@ from test_raw_formats import (
     xml,
 )
 
-from inverse.io.measurement_file import read_measurement
+from inverse.io.dicom import read_series
+from inverse.io.measurement_file import read_measurement, write_measurement
 
 
 def raw_file(name: str, folder: Path) -> Path:
@@ -113,14 +114,18 @@ def test_slices_limits_and_overwriting(tmp_path, capsys):
     assert "--limits" in capsys.readouterr().err
 
 
-def test_template_gives_the_patient_and_the_place(tmp_path):
+def test_template_gives_the_patient_and_the_place(tmp_path, capsys):
     source = series(tmp_path / "images", 2, modality="MR")
     write_bart(tmp_path / "ksp", kspace(np.ones((2, 1, 64, 64))))
     common = ("convert", tmp_path / "ksp", "-o", tmp_path / "m.h5", "--pixel-mm", "6")
     assert recon(*common, "--template", source) == 0
     assert len(read_measurement(tmp_path / "m.h5").template) == 2
-    other = series(tmp_path / "other", 3, modality="MR")
+    other = series(tmp_path / "two" / "other", 3, modality="MR")
     assert recon(*common, "--overwrite", "--template", other) == 4
+    series(tmp_path / "two" / "more", 2, modality="MR", seed=2)
+    capsys.readouterr()
+    assert recon(*common, "--overwrite", "--template", tmp_path / "two") == 4
+    assert "give the folder or file of one series" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -158,7 +163,8 @@ def test_inspect_names_raw_data_and_what_takes_them(tmp_path, capsys, name):
     path = path.with_suffix(".cfl") if name == "bart" else path
     assert recon("inspect", path, "--json") == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["raw"]["kind"], told["raw"]["command"]) == (name, "convert")
+    (found,) = told["raw"]
+    assert (found["kind"], found["command"]) == (name, "convert")
     assert recon("inspect", path) == 0
     assert "recon convert" in capsys.readouterr().out
 
@@ -168,10 +174,130 @@ def test_inspect_describes_a_measurement_file(tmp_path, capsys):
     assert recon("convert", path, "-o", tmp_path / "m.h5") == 0
     capsys.readouterr()
     assert recon("inspect", tmp_path / "m.h5", "--json") == 0
-    told = json.loads(capsys.readouterr().out)["raw"]
+    (told,) = json.loads(capsys.readouterr().out)["raw"]
     assert (told["kind"], told["operator"], told["shape"]) == ("measurement", "mri", [2, 12, 10])
     assert (told["simulated"], told["has_truth"]) == (False, False)
     assert recon("inspect", tmp_path / "m.h5") == 0
     assert "recon reconstruct" in capsys.readouterr().out
     (tmp_path / "m.h5").write_bytes((tmp_path / "m.h5").read_bytes()[:300])
     assert recon("inspect", tmp_path / "m.h5") == 4
+
+
+# --- what the results inherit, and what inspect tells ------------------------------------------
+
+
+def test_ismrmrd_geometry_reaches_the_dicom_output(tmp_path):
+    """A point of an oblique scan lies in the written series where the header says."""
+    n = 64
+    read, phase = np.array([0.8, 0.6, 0.0]), np.array([0.0, 0.0, 1.0])
+    centre, step = np.array([10.0, -20.0, 30.0]), 5.0
+    normal = np.cross(phase, read)
+    x = np.full((2, 1, n, n), 0.02, complex)
+    at = [(40, 20), (12, 50)]  # row along the readout, column along phase encoding
+    for k, (i, j) in enumerate(at):
+        x[k, 0, i, j] = 1.0
+    k_space = oversampled(x)
+    readouts = [
+        (
+            {
+                "slice": z, "kspace_encode_step_1": c, "position": centre + z * step * normal,
+                "read_dir": read, "phase_dir": phase, "slice_dir": normal,
+            },
+            k_space[z, :, :, c],
+        )
+        for z in range(2)
+        for c in range(n)
+    ]  # fmt: skip
+    header = xml(centre=n // 2)
+    for old, new in (("<x>24</x>", f"<x>{2 * n}</x>"), ("<x>12</x>", f"<x>{n}</x>"),
+                     ("<y>10</y>", f"<y>{n}</y>"), ("<maximum>9", f"<maximum>{n - 1}"),
+                     ("<y>15.0</y>", f"<y>{n * 5.0}</y>"), ("<x>48.0</x>", f"<x>{n * 8.0}</x>"),
+                     ("<x>24.0</x>", f"<x>{n * 4.0}</x>")):  # fmt: skip
+        assert old in header
+        header = header.replace(old, new)
+    raw, out = write_ismrmrd(tmp_path / "scan.h5", readouts, header), tmp_path / "out"
+    prior = tiny_prior(tmp_path / "mr.safetensors", "MR")
+    assert recon("convert", raw, "-o", tmp_path / "m.h5") == 0
+    code = recon("reconstruct", tmp_path / "m.h5", "-o", out, "--prior", prior, "--steps", "2")
+    assert code == 0
+    written = read_series(out / "baseline-zero-filled")
+    assert written.spacing == pytest.approx((5.0, 4.0, 5.0))
+    r, c = np.array(written.orientation).reshape(2, 3)
+    np.testing.assert_allclose([r, c], [phase, read], atol=1e-6)
+    for k, (i, j) in enumerate(at):
+        row, column = np.unravel_index(written.array[k].argmax(), (n, n))
+        place = written.positions[k] + column * 5.0 * r + row * 4.0 * c
+        expected = (
+            centre + k * step * normal + (i - n // 2) * 4.0 * read + (j - n // 2) * 5.0 * phase
+        )
+        np.testing.assert_allclose(place, expected, atol=1e-4)
+    run = json.loads((out / "run.json").read_text())
+    (note,) = [w["text"] for w in run["warnings"] if w["code"] == "NO_TEMPLATE"]
+    assert "in the place that the raw data tell" in note
+
+
+@pytest.mark.parametrize(
+    ("frame", "text"),
+    [
+        ({"orientation": [1, 0, 0, 0, 1, 0]}, "entries 'orientation'"),
+        ({"orientation": [1, 0, 0, 1, 0, 0], "positions": [[0, 0, 0]]}, "orthonormal"),
+        ({"orientation": [1, 0, 0, 0, 1, 0], "positions": [[0, 0, 0]]}, "1 positions"),
+        ({"orientation": [1, 0, 0, 0, 1, 0], "positions": [[0, 0, 1], [0, 0, 0]]}, "ascend"),
+        ("nonsense", "entries 'orientation'"),
+    ],
+)
+def test_frames_that_are_none_are_refused(tmp_path, capsys, frame, text):
+    from dataclasses import replace
+
+    assert recon("convert", raw_file("fastmri", tmp_path), "-o", tmp_path / "a.h5") == 0
+    measurement = read_measurement(tmp_path / "a.h5").measurement
+    wrong = replace(measurement, provenance={"patient_frame": frame})
+    write_measurement(tmp_path / "m.h5", wrong)
+    capsys.readouterr()
+    assert recon("reconstruct", tmp_path / "m.h5", "-o", tmp_path / "out") == 4
+    assert text in capsys.readouterr().err
+
+
+def test_inspect_explains_a_mixed_folder(tmp_path, capsys):
+    """Images, raw data of every format and what is neither; names that may be a patient's stay."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in FORMATS:
+        (folder / name).mkdir()
+        raw_file(name, folder / name)
+    series(folder / "images", 2)
+    write_ctpd(folder / "helix", views=4,
+               change=lambda ds, k: ds.add_new(0x70371009, "CS", "HELICAL"))  # fmt: skip
+    assert recon("convert", folder / "fastmri" / "CANARY.h5", "-o", folder / "m.h5") == 0
+    (folder / "notes.txt").write_text("no image")
+    (folder / "damaged.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(50))
+    capsys.readouterr()
+    assert recon("inspect", folder, "--json") == 0
+    printed = capsys.readouterr()
+    assert "CANARY" not in printed.out + printed.err
+    told = json.loads(printed.out)
+    assert [s["slices"] for s in told["stacks"]] == [2]
+    assert told["skipped"] == {"not DICOM": 1}
+    kinds = {(r["kind"], r["command"]) for r in told["raw"]}
+    assert kinds == {
+        ("bart", "convert"), ("ctpd", "convert"), ("ctpd", None), ("damaged", None),
+        ("dxchange", "convert"), ("fastmri", "convert"), ("ismrmrd", "convert"),
+        ("measurement", "reconstruct"),
+    }  # fmt: skip
+    about = {r["kind"]: r for r in told["raw"] if r["command"]}
+    assert about["bart"]["dimensions"] == {"READ": 12, "PHS1": 10, "SLICE": 2}
+    assert (about["ismrmrd"]["matrix"], about["ismrmrd"]["readouts"]) == ([12, 10, 1], 20)
+    assert about["ctpd"]["files"] == 24
+    assert recon("inspect", folder) == 0
+    out = capsys.readouterr().out
+    assert "helical scans are not served" in out
+    assert "recon convert FILE -o MEAS.h5 --pixel-mm MM" in out
+
+
+def test_projections_are_no_images(tmp_path, capsys):
+    folder = write_ctpd(tmp_path / "in", views=3)
+    assert recon("inspect", folder) == 0
+    assert f"next: recon convert {folder} -o MEAS.h5" in capsys.readouterr().out
+    assert recon("study", "ct", folder, "-o", tmp_path / "out") == 5
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert "see 'recon convert'" in line

@@ -162,7 +162,7 @@ def test_changed_prior(refused: Refusal, tmp_path: Path, prior: Path) -> None:
         ["--views", "0"],
         ["--views", "many"],
         ["--method", "magic"],
-        ["--geometry", "cone"],
+        ["--geometry", "helix"],
         ["--slices", "a:b"],
         ["--slices", "0:4:0"],
         ["--no-such-option"],

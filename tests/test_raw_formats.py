@@ -130,13 +130,17 @@ def lines(k: np.ndarray, **values: Any) -> list[Line]:
 def test_ismrmrd_round_trip(tmp_path):
     x = images(coils=3)
     raw = read_ismrmrd(write_ismrmrd(tmp_path / "a.h5", lines(oversampled(x)), xml()))
-    # slices come out by position, which runs against their numbers here
-    np.testing.assert_allclose(raw.data, kspace(x)[::-1], atol=1e-5)
+    # slices come out by position along the image's normal, phase times read: feet first here
+    np.testing.assert_allclose(raw.data, kspace(x), atol=1e-5)
     assert raw.mask.all()
     assert raw.mask.shape == (H, W)
     assert raw.pixel_mm == (2.0, 1.5)
-    assert raw.z_mm == (-5.0, 0.0)
-    assert raw.provenance["patient_frame"]["positions"] == [[3, 4, -5], [3, 4, 0]]
+    assert raw.z_mm == (0.0, 5.0)
+    assert raw.frame is not None
+    assert raw.frame.orientation == (0, 1, 0, 1, 0, 0)
+    # the first pixel is H // 2 rows of 2 mm and W // 2 columns of 1.5 mm from the centre
+    x0, y0 = 3 - H // 2 * 2.0, 4 - W // 2 * 1.5
+    assert raw.frame.positions == ((x0, y0, 0), (x0, y0, -5))
     assert raw.provenance["oversampling_removed"] == 2
 
 
@@ -146,7 +150,7 @@ def test_ismrmrd_undersampled_shifted_and_reversed_readouts(tmp_path):
     some = [line for line in lines(k) if line[0]["kspace_encode_step_1"] in chosen]
     raw = read_ismrmrd(write_ismrmrd(tmp_path / "a.h5", some, xml()))
     np.testing.assert_array_equal(np.flatnonzero(raw.mask[0]), chosen)
-    np.testing.assert_allclose(raw.data[..., chosen], kspace(images())[::-1][..., chosen],
+    np.testing.assert_allclose(raw.data[..., chosen], kspace(images())[..., chosen],
                                atol=1e-5)  # fmt: skip
     assert not raw.data[..., [1, 2, 7, 8]].any()
     # encoding steps that count from another centre
@@ -164,7 +168,7 @@ def test_ismrmrd_undersampled_shifted_and_reversed_readouts(tmp_path):
             ends = {"discard_pre": 2, "discard_post": 1, "center_sample": H + 1, "flags": 1 << 21}
         turned.append((v | ends, wide))
     back = read_ismrmrd(write_ismrmrd(tmp_path / "c.h5", turned, xml()))
-    np.testing.assert_allclose(back.data, kspace(images())[::-1], atol=1e-5)
+    np.testing.assert_allclose(back.data, kspace(images()), atol=1e-5)
     echo = [(v | {"center_sample": H - 4}, d[:, 4:]) for v, d in lines(k)]
     with pytest.raises(UnsupportedError, match="asymmetric"):
         read_ismrmrd(write_ismrmrd(tmp_path / "d.h5", echo, xml()))
@@ -175,7 +179,7 @@ def test_ismrmrd_averages_and_what_is_no_image(tmp_path):
     extra = [({"flags": 1 << (n - 1)}, np.full((1, 2 * H), 99.0)) for n in (23, 24, 26, 27)]
     both = lines(k * 0.5) + lines(k * 1.5) + extra
     raw = read_ismrmrd(write_ismrmrd(tmp_path / "a.h5", both, xml()))
-    np.testing.assert_allclose(raw.data, kspace(images())[::-1], atol=1e-5)
+    np.testing.assert_allclose(raw.data, kspace(images()), atol=1e-5)
     assert raw.provenance["averages"] == 2
     assert raw.provenance["readouts_left_out"] == 4
     uneven = lines(k) + lines(k)[:3]
@@ -785,6 +789,18 @@ def test_formats_are_told_by_their_content(tmp_path):
         detect_raw(tmp_path / "meas.dat")
     with pytest.raises(NoInputError):
         detect_raw(tmp_path / "absent")
+
+
+def test_headers_that_claim_gigabytes_are_refused(tmp_path):
+    """A text dataset of two kilobytes that declares many strings, or one of a gigabyte."""
+    for shape, kind in (((10**8,), h5py.string_dtype()), ((1,), "S1000000000")):
+        path = tmp_path / "lie.h5"
+        with h5py.File(path, "w") as f:
+            f.create_dataset("dataset/xml", shape, kind, chunks=(1,))
+            f.create_dataset("dataset/data", (1,), np.float32)
+        assert path.stat().st_size < 10_000
+        with pytest.raises(ReconError, match=r"one text|cap"):
+            read_ismrmrd(path, max_bytes=1 << 20)
 
 
 def test_noise_of_one_coil_without_a_noise_scan():

@@ -17,9 +17,9 @@ import numpy as np
 from inverse.errors import InputError, NoInputError, ResourceError, UnsupportedError
 from inverse.io.kspace import KSpace
 
-__all__ = ["read_bart"]
+__all__ = ["NAMES", "dimensions", "read_bart"]
 
-_NAMES = ("READ", "PHS1", "PHS2", "COIL", "MAPS", "TE", "COEFF", "COEFF2", "ITER", "CSHIFT",
+NAMES = ("READ", "PHS1", "PHS2", "COIL", "MAPS", "TE", "COEFF", "COEFF2", "ITER", "CSHIFT",
           "TIME", "TIME2", "LEVEL", "SLICE", "AVG", "BATCH")  # fmt: skip
 _READ, _PHS1, _COIL, _SLICE = 0, 1, 3, 13
 
@@ -49,10 +49,10 @@ def read_bart(
     for file in (header, values):
         if not file.is_file():
             raise NoInputError(f"no BART file at {file}; give NAME of NAME.hdr and NAME.cfl")
-    sizes = _dimensions(header)
+    sizes = dimensions(header)
     for k, size in enumerate(sizes):
         if size > 1 and k not in (_READ, _PHS1, _COIL, _SLICE):
-            name = _NAMES[k] if k < len(_NAMES) else k
+            name = NAMES[k] if k < len(NAMES) else k
             raise UnsupportedError(
                 f"{header}: dimension {name} has {size} entries; served are READ, PHS1, COIL and "
                 "SLICE (take one entry with 'bart slice')"
@@ -64,7 +64,8 @@ def read_bart(
         )
     if expected > max_bytes:
         raise ResourceError(
-            f"{values} holds {expected >> 20} MiB, the limit is {max_bytes >> 20} MiB"
+            f"{values} holds {expected >> 20} MiB, the limit is {max_bytes >> 20} MiB; raise it "
+            "(--limits) if the file is trusted"
         )
     shape = [sizes[_READ], sizes[_PHS1], sizes[_COIL], sizes[_SLICE]]
     stored = np.fromfile(values, "<c8").reshape(shape, order="F")
@@ -77,7 +78,7 @@ def read_bart(
     )
 
 
-def _dimensions(header: Path) -> tuple[int, ...]:
+def dimensions(header: Path) -> tuple[int, ...]:
     """The sizes that follow ``# Dimensions``, 16 of them at least."""
     with header.open("rb") as stream:
         lines = stream.read(1 << 16).decode("ascii", "replace").splitlines()

@@ -126,7 +126,7 @@ def read_ctpd(path: str | os.PathLike[str], *, max_bytes: int = 1 << 32) -> Sino
             if held > max_bytes:
                 raise ResourceError(
                     f"{root} holds more than {max_bytes >> 20} MiB of readings; convert fewer "
-                    "files at a time or raise the limit"
+                    "files at a time or raise the limit (--limits)"
                 )
     if not views:
         reasons = "; ".join(f"{n} x {reason}" for reason, n in skipped.items())

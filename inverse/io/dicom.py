@@ -7,8 +7,10 @@ what to do, never a silently wrong volume.  Writing makes a classic derived CT o
 every viewer reads, marked as research and, where it is, as synthetic.
 """
 
+from inverse.io.dicom_frame import PatientFrame, blank_templates
 from inverse.io.dicom_headers import Note
-from inverse.io.dicom_read import Series, inspect, read_series
+from inverse.io.dicom_objects import check_highdicom, write_parametric_map, write_pdf
+from inverse.io.dicom_read import Series, identities, inspect, patient_of, read_series
 from inverse.io.dicom_stacks import Inspection, Stack
 from inverse.io.dicom_write import (
     TOOLKIT,
@@ -24,12 +26,19 @@ __all__ = [
     "Derivation",
     "Inspection",
     "Note",
+    "PatientFrame",
     "Series",
     "Stack",
     "WrittenSeries",
+    "blank_templates",
+    "check_highdicom",
     "deterministic_uid",
+    "identities",
     "inspect",
+    "patient_of",
     "read_series",
     "write_instances",
+    "write_parametric_map",
+    "write_pdf",
     "write_series",
 ]

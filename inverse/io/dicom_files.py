@@ -24,7 +24,7 @@ from typing import BinaryIO, TypeVar
 
 from inverse.errors import InputError, NoInputError, ReconError, ResourceError
 
-__all__ = ["Source", "guarded", "open_sources", "quiet_pydicom"]
+__all__ = ["Source", "guarded", "is_plain_name", "open_sources", "quiet_pydicom"]
 
 T = TypeVar("T")
 
@@ -85,10 +85,15 @@ class Source:
     open: Callable[[], BinaryIO]
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a file name is but a number, so that it names no patient."""
+    return _PLAIN_NAME.fullmatch(name) is not None
+
+
 def _label(name: str, index: int, total: int) -> str:
     if total == 1:
         return "the file"
-    shown = f" ({name})" if _PLAIN_NAME.fullmatch(name) else ""
+    shown = f" ({name})" if is_plain_name(name) else ""
     return f"file {index + 1} of {total} by path{shown}"
 
 

@@ -9,6 +9,8 @@ Source: DICOM PS3.3 C.7.6.2 (Image Plane), C.7.6.3 (Image Pixel), C.11.1 (Modali
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,9 +29,12 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 __all__ = [
+    "IDENTITY_TAGS",
+    "PROJECTIONS",
     "TEMPLATE_TAGS",
     "Header",
     "Note",
+    "identity_of",
     "integer_of",
     "number_of",
     "open_dicom",
@@ -42,6 +47,12 @@ _CT = "1.2.840.10008.5.1.4.1.1.2"
 _MR = "1.2.840.10008.5.1.4.1.1.4"
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _DIRECTORY = "1.2.840.10008.1.3.10"
+
+
+_PROJECTION_COLUMNS, _PROJECTION_SCAN = 0x70291011, 0x70371009
+_PRIVATE = (*PHILIPS_TAGS, _PROJECTION_COLUMNS, _PROJECTION_SCAN)
+PROJECTIONS = "DICOM-CT-PD projections"
+"""How files of raw CT data are counted, which ``recon convert`` reads."""
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -165,8 +176,29 @@ def text_of(ds: Dataset, name: str) -> str:
     return "" if value is None else str(value).strip()
 
 
-def open_dicom(source: Source, *, pixels: bool) -> Dataset | str:
-    """The data set of a file, or the reason why it is none that can be read."""
+IDENTITY_TAGS = words(
+    """
+    PatientName PatientID PatientBirthDate PatientSex StudyDate StudyDescription AccessionNumber
+    StudyInstanceUID SeriesDescription SeriesInstanceUID
+    """
+)
+"""What tells a patient, and is shown where the user asks for it only."""
+
+
+def identity_of(ds: Dataset) -> dict[str, str]:
+    """Who is imaged and when, by DICOM keyword: patient data."""
+    found = {name: text_of(ds, name) for name in IDENTITY_TAGS}
+    return {name: text for name, text in found.items() if text}
+
+
+def open_dicom(source: Source, *, pixels: bool, more: Sequence[str] = ()) -> Dataset | str:
+    """The data set of a file, or the reason why it is none that can be read.
+
+    Args:
+        source: the file.
+        pixels: read all of it; else the attributes that `Header` needs, and ``more``.
+        more: keywords of further attributes.
+    """
     import pydicom
     from pydicom.filereader import read_dataset
     from pydicom.tag import Tag
@@ -183,7 +215,7 @@ def open_dicom(source: Source, *, pixels: bool) -> Dataset | str:
         stream.seek(0)
         if pixels:
             return pydicom.dcmread(stream)
-        tags = [*map(Tag, (*_HEADER_TAGS, *FUNCTIONAL_GROUPS)), *map(Tag, PHILIPS_TAGS)]
+        tags = [*map(Tag, (*_HEADER_TAGS, *FUNCTIONAL_GROUPS, *more)), *map(Tag, _PRIVATE)]
         return pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=tags)
 
 
@@ -210,9 +242,18 @@ def read_headers(index: int, source: Source) -> list[Header] | str:
         known = UID(sop_class, validation_mode=config.IGNORE).name
         kind = known if known != sop_class else "unknown SOP class"
         return f"not a CT or MR image: {kind}"
+    if _PROJECTION_COLUMNS in ds:
+        return f"{PROJECTIONS}, {_scan_kind(ds)}"
     if is_enhanced(ds):
         return [_header(index, source, frame, k) for k, frame in enumerate(classic_frames(ds))]
     return [_header(index, source, ds, None)]
+
+
+def _scan_kind(ds: Dataset) -> str:
+    """Axial or helical, as raw CT data say it."""
+    value = getattr(ds.get(_PROJECTION_SCAN), "value", None)
+    text = value.decode("ascii", "replace") if isinstance(value, bytes) else str(value or "")
+    return "helical" if re.search("HELI|SPIRAL", text.upper()) else "axial"
 
 
 def _rescale(ds: Dataset, modality: str) -> tuple[tuple[float, float] | None, bool]:

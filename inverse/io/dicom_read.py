@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import struct
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,9 +29,12 @@ from inverse.errors import (
 from inverse.io.dicom_enhanced import classic_frames, is_enhanced
 from inverse.io.dicom_files import Source, guarded, open_sources, quiet_pydicom
 from inverse.io.dicom_headers import (
+    IDENTITY_TAGS,
+    PROJECTIONS,
     TEMPLATE_TAGS,
     Header,
     Note,
+    identity_of,
     integer_of,
     number_of,
     open_dicom,
@@ -51,7 +55,16 @@ from inverse.io.dicom_stacks import (
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-__all__ = ["AIR_HU", "Series", "inspect", "read_series"]
+__all__ = [
+    "AIR_HU",
+    "Series",
+    "codestream_size",
+    "identities",
+    "inspect",
+    "patient_of",
+    "read_series",
+    "template_of",
+]
 
 AIR_HU = -1000.0
 """What replaces padding in CT: the forward model must see air, not -3024 HU."""
@@ -161,6 +174,49 @@ def inspect(path: str | os.PathLike[str], *, max_bytes: int = 1 << 32) -> Inspec
         return _scan(sources, skipped)
 
 
+def identities(
+    path: str | os.PathLike[str], found: Inspection, *, max_bytes: int = 1 << 32
+) -> list[dict[str, str]]:
+    """Who is imaged in each stack of `inspect`: patient data, for who asks for it.
+
+    Args:
+        path: the folder, file or archive that was inspected.
+        found: what `inspect` returned.
+        max_bytes: as there.
+
+    Returns:
+        DICOM keywords and texts, a stack.
+    """
+    result: list[dict[str, str]] = []
+    with open_sources(Path(path), Counter(), max_bytes) as sources, quiet_pydicom():
+        for stack in found.stacks:
+            if not stack.headers:  # of a format that names no patient
+                result.append({})
+                continue
+            first = stack.headers[0]
+            ds = guarded(
+                partial(open_dicom, sources[first.source], pixels=False, more=IDENTITY_TAGS),
+                first.label,
+                "read the header",
+            )
+            result.append({} if isinstance(ds, str) else identity_of(ds))
+    return result
+
+
+def patient_of(template: bytes) -> dict[str, str]:
+    """Who is imaged, of a slice's template: patient data, for who asks for it.
+
+    Returns:
+        DICOM keywords and texts; nothing for formats that name no patient.
+    """
+    from pydicom import dcmread
+
+    if template[128:132] != b"DICM":
+        return {}
+    with quiet_pydicom():
+        return identity_of(dcmread(io.BytesIO(template)))
+
+
 # --- pixels ------------------------------------------------------------------------------------
 
 
@@ -172,9 +228,11 @@ def _choose(found: Inspection, series: str | None, stack: str | int | None) -> t
             raise InputError(note.text)
     if not found.stacks:
         reasons = "; ".join(f"{n} x {reason}" for reason, n in found.skipped.items())
-        foreign = any(r.startswith(("not a CT or MR", "deflated")) for r in found.skipped)
-        error = UnsupportedError if foreign else NoInputError
-        raise error(f"no CT or MR images found ({reasons}); give a CT or MR series")
+        foreign = ("not a CT or MR", "deflated", PROJECTIONS)
+        error = UnsupportedError if any(r.startswith(foreign) for r in found.skipped) else None
+        projections = any(r.startswith(PROJECTIONS) for r in found.skipped)
+        todo = "see 'recon convert'" if projections else "give a CT or MR series"
+        raise (error or NoInputError)(f"no CT or MR images found ({reasons}); {todo}")
     chosen = list(found.stacks)
     if series is not None:
         wanted = str(series)
@@ -201,7 +259,7 @@ def _choose(found: Inspection, series: str | None, stack: str | int | None) -> t
     return chosen[0], dropped
 
 
-def _template(ds: Dataset) -> bytes:
+def template_of(ds: Dataset) -> bytes:
     """The header that a derived slice needs, as the bytes of a DICOM file without pixels."""
     import pydicom
     from pydicom.charset import python_encoding
@@ -254,7 +312,9 @@ def _stored(file: _File, header: Header, notes: Counter[str]) -> NDArray[Any]:
     if "PixelData" not in ds:
         raise InputError(f"{header.label}: no pixel data; export the series again")
     plugin = decoder_plugin(header.syntax)
-    if plugin is None:
+    if plugin is not None:
+        _check_codestream(ds, header, len(file.frames))
+    else:
         expected = len(file.frames) * header.rows * header.columns * header.bits // 8
         got = len(ds.PixelData)
         if got < expected:
@@ -274,6 +334,49 @@ def _stored(file: _File, header: Header, notes: Counter[str]) -> NDArray[Any]:
             f"({header.rows}, {header.columns}); export it again"
         )
     return pixels
+
+
+def _check_codestream(ds: Dataset, header: Header, frames: int) -> None:
+    """Refuse a compressed image whose own size is not the header's, before a decoder believes it.
+
+    Raises:
+        InputError: another size, or more than one component.
+    """
+    from pydicom.encaps import get_frame
+
+    frame = get_frame(ds.PixelData, header.frame or 0, number_of_frames=frames)
+    found = codestream_size(frame)
+    if found is not None and found != (header.rows, header.columns, 1):
+        raise InputError(
+            f"{header.label}: the compressed image is {found[0]} x {found[1]} with {found[2]} "
+            f"components, the header says {header.rows} x {header.columns} with 1; export it again"
+        )
+
+
+def codestream_size(frame: bytes) -> tuple[int, int, int] | None:
+    """Rows, columns and components as a JPEG, JPEG-LS or JPEG 2000 codestream states them.
+
+    Args:
+        frame: one compressed frame.
+
+    Returns:
+        None where the codestream states none, as in RLE.
+    """
+    start = frame.find(b"\xff\x4f\xff\x51")  # JPEG 2000: start of codestream, size
+    if start >= 0 and len(frame) >= start + 42:
+        x1, y1, x0, y0 = struct.unpack_from(">4I", frame, start + 8)
+        return y1 - y0, x1 - x0, struct.unpack_from(">H", frame, start + 40)[0]
+    if frame[:2] != b"\xff\xd8":
+        return None
+    at = 2
+    while at + 10 <= len(frame) and frame[at] == 0xFF:
+        marker, length = frame[at + 1], struct.unpack_from(">H", frame, at + 2)[0]
+        # start of frame: JPEG has C0 to CF without three tables, JPEG-LS has F7
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            rows, columns, components = struct.unpack_from(">HHB", frame, at + 5)
+            return rows, columns, components
+        at += 1 if marker == 0xFF else 2 + length
+    return None
 
 
 def _padding(ds: Dataset, stored: NDArray[Any], bits: int) -> NDArray[np.bool_]:
@@ -306,7 +409,7 @@ class _Slice:
 def _read_slice(file: _File, header: Header, notes: Counter[str]) -> _Slice:
     """One slice in physical units; padding becomes air (CT) or 0 (MR) and is masked."""
     ds = file.frames[header.frame or 0]
-    template = _template(ds)
+    template = template_of(ds)
     stored = _stored(file, header, notes)
     mask = _padding(ds, stored, header.bits)
     slope, intercept = header.rescale or (1.0, 0.0)
@@ -386,7 +489,7 @@ def read_series(
             raise ResourceError(
                 f"stack {chosen.key} claims {len(chosen.headers)} x {rows} x {columns} voxels, "
                 f"{needed >> 20} MiB, the limit is {max_bytes >> 20} MiB; read fewer slices or "
-                "raise max_bytes"
+                "raise the limit (--limits)"
             )
         pixels = _read_slices(sources, chosen)
     notes = [*found.warnings]

@@ -43,20 +43,30 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 __all__ = [
+    "SOP_CLASS",
     "TOOLKIT",
+    "UNPAIRED",
     "Derivation",
     "WrittenSeries",
     "deterministic_uid",
+    "equipment_items",
+    "file_of",
+    "label_of",
+    "new_dataset",
+    "open_template",
+    "plane_geometry",
+    "time_in_zone",
     "toolkit_version",
+    "uid_of",
     "write_folder",
     "write_instances",
     "write_series",
 ]
 
-_SOP_CLASS = {"CT": "1.2.840.10008.5.1.4.1.1.2", "MR": "1.2.840.10008.5.1.4.1.1.4"}
+SOP_CLASS = {"CT": "1.2.840.10008.5.1.4.1.1.2", "MR": "1.2.840.10008.5.1.4.1.1.4"}
 _SOURCE_CLASSES = {
     m: {classic, *(uid for uid, kind in ENHANCED.items() if kind == m)}
-    for m, classic in _SOP_CLASS.items()
+    for m, classic in SOP_CLASS.items()
 }
 
 # Readers guess the scanner's vendor from the first two letters (SI, GE, PH, TO, ...) of any
@@ -93,7 +103,7 @@ _TYPE_2 = words(
 _CT_TYPE_2 = ("KVP",)
 _MR_TYPE_2 = ("ScanOptions", "MRAcquisitionType", "EchoTime", "EchoTrainLength")
 _MR_TYPE_1 = {"ScanningSequence": "RM", "SequenceVariant": "NONE"}
-_UNPAIRED = frozenset(
+UNPAIRED = frozenset(
     words(
         """
         ABDOMEN ABDOMENPELVIS AORTA BLADDER BRAIN CHEST CHESTABDOMEN CHESTABDPELVIS COLON
@@ -178,7 +188,7 @@ def _ascii(text: str) -> str:
     return plain.strip()
 
 
-def _label(text: str, limit: int = 64) -> str:
+def label_of(text: str, limit: int = 64) -> str:
     """A value for an LO attribute; a backslash would split it in two."""
     return _ascii(text).replace("\\", "/")[:limit].strip()
 
@@ -193,7 +203,7 @@ def _ds(value: float) -> str:
 # --- files -------------------------------------------------------------------------------------
 
 
-def _dataset(attributes: Mapping[str, Any]) -> Dataset:
+def new_dataset(attributes: Mapping[str, Any]) -> Dataset:
     """A data set from keywords; a sequence is a list of mappings, decimals are floats."""
     from pydicom import Dataset
     from pydicom.datadict import dictionary_VR
@@ -202,7 +212,7 @@ def _dataset(attributes: Mapping[str, Any]) -> Dataset:
     for name, value in attributes.items():
         vr = dictionary_VR(name)
         if vr == "SQ":
-            value = [_dataset(item) for item in value]
+            value = [new_dataset(item) for item in value]
         elif vr == "DS" and not isinstance(value, str):
             value = _ds(value) if isinstance(value, (int, float)) else [_ds(v) for v in value]
         setattr(ds, name, value)
@@ -211,10 +221,6 @@ def _dataset(attributes: Mapping[str, Any]) -> Dataset:
 
 def _encode(ds: Dataset, pixels: NDArray[np.integer[Any]]) -> bytes:
     """The complete DICOM file of one slice."""
-    import pydicom
-    from pydicom.dataset import FileMetaDataset
-    from pydicom.uid import UID, ExplicitVRLittleEndian
-
     signed = pixels.dtype.kind == "i"
     pixel_module = {
         "SamplesPerPixel": 1,
@@ -230,6 +236,15 @@ def _encode(ds: Dataset, pixels: NDArray[np.integer[Any]]) -> bytes:
         ds.BitsStored = 16
     ds.HighBit = ds.BitsStored - 1
     ds.add_new("PixelData", "OW", pixels.astype("<i2" if signed else "<u2").tobytes())
+    return file_of(ds)
+
+
+def file_of(ds: Dataset) -> bytes:
+    """The bytes of a DICOM file of this toolkit, Explicit VR Little Endian."""
+    import pydicom
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.uid import UID, ExplicitVRLittleEndian
+
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     ds.file_meta.ImplementationClassUID = UID(_IMPLEMENTATION_UID)
@@ -310,7 +325,8 @@ def write_instances(
     """
     with quiet_pydicom():
         files = (
-            _encode(_dataset(header), image) for header, image in zip(headers, pixels, strict=True)
+            _encode(new_dataset(header), image)
+            for header, image in zip(headers, pixels, strict=True)
         )
         return list(write_folder(Path(out_dir), _numbered(files)))
 
@@ -365,7 +381,12 @@ def _code(value: str, scheme: str, meaning: str) -> dict[str, str]:
     return {"CodeValue": value, "CodingSchemeDesignator": scheme, "CodeMeaning": meaning}
 
 
-def _open_template(template: bytes) -> Dataset:
+def open_template(template: bytes) -> Dataset:
+    """The data set of a template with what every derived object needs.
+
+    Raises:
+        InputError: a damaged one, or one without geometry.
+    """
     import pydicom
 
     try:
@@ -386,7 +407,7 @@ def _open_template(template: bytes) -> Dataset:
     )
 
 
-def _geometry(source: Dataset, shape: tuple[int, int]) -> tuple[dict[str, Any], bool]:
+def plane_geometry(source: Dataset, shape: tuple[int, int]) -> tuple[dict[str, Any], bool]:
     """Plane geometry on ``shape`` pixels over the source's field of view; whether it changed."""
     old = (int(source.Rows), int(source.Columns))
     if old == shape:
@@ -399,7 +420,7 @@ def _geometry(source: Dataset, shape: tuple[int, int]) -> tuple[dict[str, Any], 
     return {"PixelSpacing": [dy * ry, dx * rx], "ImagePositionPatient": p.tolist()}, True
 
 
-def _equipment(
+def equipment_items(
     source: Dataset, derivation: Derivation, synthetic: bool, now: datetime
 ) -> list[Any]:
     """Contributing equipment: the scanner, where known, and this toolkit."""
@@ -407,7 +428,7 @@ def _equipment(
     manufacturer = str(source.get("Manufacturer") or "").strip()
     if manufacturer:
         scanner: dict[str, Any] = {
-            "Manufacturer": _label(_SCANNER_PREFIX + manufacturer),
+            "Manufacturer": label_of(_SCANNER_PREFIX + manufacturer),
             "ContributionDescription": "acquired the source images",
             "PurposeOfReferenceCodeSequence": [_code("109101", "DCM", "Acquisition Equipment")],
         }
@@ -415,7 +436,7 @@ def _equipment(
             value = source.get(name)
             if value:
                 many = [value] if isinstance(value, str) else list(value)
-                scanner[name] = [_label(str(v)) for v in many]
+                scanner[name] = [label_of(str(v)) for v in many]
         items.append(scanner)
     purpose = (
         _code("109100", "DCM", "Synthesizing Equipment")
@@ -435,7 +456,7 @@ def _equipment(
     return items
 
 
-def _uid_of(source: Dataset, name: str, *fallback: object) -> str:
+def uid_of(source: Dataset, name: str, *fallback: object) -> str:
     """A UID of the source where it is valid, else one that depends on ``fallback`` only."""
     from pydicom.uid import UID
 
@@ -443,8 +464,9 @@ def _uid_of(source: Dataset, name: str, *fallback: object) -> str:
     return uid if UID(uid).is_valid else deterministic_uid(name, uid, *fallback)
 
 
-def _in_zone(now: datetime, offset: str) -> datetime:
+def time_in_zone(created: datetime | None, source: Dataset) -> datetime:
     """Time in the zone that the source declares (it holds for all times of a data set)."""
+    now, offset = created or datetime.now(), str(source.get("TimezoneOffsetFromUTC") or "")
     if not re.fullmatch(r"[+-]\d{4}", offset):
         return now
     minutes = int(offset[1:3]) * 60 + int(offset[3:])
@@ -530,15 +552,13 @@ def write_series(
     modality = "CT" if unit == "HU" else "MR"
     stored, slope, saturated = _quantise(volume, modality, kind)
     with quiet_pydicom():
-        sources = [_open_template(template) for template in templates]
+        sources = [open_template(template) for template in templates]
         if not {str(s.SOPClassUID) for s in sources} <= _SOURCE_CLASSES[modality]:
             raise InputError(
                 f"a volume in {unit} needs templates of {modality} images, got another kind; "
                 "unit is HU for CT and signal for MR"
             )
-        now = _in_zone(
-            created or datetime.now(), str(sources[0].get("TimezoneOffsetFromUTC") or "")
-        )
+        now = time_in_zone(created, sources[0])
         synthetic = synthetic or any(s.get("SyntheticData") == "YES" for s in sources)
         series_uid = deterministic_uid(
             "series",
@@ -576,10 +596,10 @@ def _series_attributes(
     """What all slices of a derived series share, without pixel values and UIDs."""
     suffix = f" STD ({'HU' if modality == 'CT' else 'signal'})" if kind == "std" else ""
     prefix = "RESEARCH ONLY - "
-    title = _label(description, 64 - len(prefix) - len(suffix))
+    title = label_of(description, 64 - len(prefix) - len(suffix))
     date, time = now.strftime("%Y%m%d"), now.strftime("%H%M%S")
     attributes: dict[str, Any] = {
-        "SOPClassUID": _SOP_CLASS[modality],
+        "SOPClassUID": SOP_CLASS[modality],
         "Modality": modality,
         "ImageType": ["DERIVED", "SECONDARY", "AXIAL" if modality == "CT" else "OTHER"],
         "SeriesNumber": series_number,
@@ -644,15 +664,15 @@ def _derived(
         excluded.add("InversionTime")
     if not {"CG", "PPG"} & _values(source, "ScanOptions"):
         excluded.add("TriggerTime")
-    geometry, regridded = _geometry(source, (shape[0], shape[1]))
+    geometry, regridded = plane_geometry(source, (shape[0], shape[1]))
     source_uid = str(source.SOPInstanceUID)
-    study_uid = _uid_of(source, "StudyInstanceUID", source.get("SeriesInstanceUID"), source_uid)
+    study_uid = uid_of(source, "StudyInstanceUID", source.get("SeriesInstanceUID"), source_uid)
     new: dict[str, Any] = {
         **common,
         **geometry,
         "SOPInstanceUID": deterministic_uid("instance", common["SeriesInstanceUID"], index),
         "StudyInstanceUID": study_uid,
-        "FrameOfReferenceUID": _uid_of(
+        "FrameOfReferenceUID": uid_of(
             source, "FrameOfReferenceUID", source.get("SeriesInstanceUID"), study_uid
         ),
         "InstanceNumber": index,
@@ -671,9 +691,9 @@ def _derived(
                 ],
             }
         ],
-        "ContributingEquipmentSequence": _equipment(source, derivation, synthetic, now),
+        "ContributingEquipmentSequence": equipment_items(source, derivation, synthetic, now),
     }
-    ds = _dataset(new)
+    ds = new_dataset(new)
     for name in TEMPLATE_TAGS:
         if name not in excluded and name not in ds and source.get(name) not in (None, "", []):
             ds[name] = source[name]
@@ -683,6 +703,6 @@ def _derived(
     for name, value in _MR_TYPE_1.items() if modality == "MR" else ():
         if name not in ds:
             setattr(ds, name, value)
-    if "Laterality" not in ds and source.get("BodyPartExamined") not in _UNPAIRED:
+    if "Laterality" not in ds and source.get("BodyPartExamined") not in UNPAIRED:
         ds.Laterality = None  # unknown: required where the body part may be paired
     return ds

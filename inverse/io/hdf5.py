@@ -127,10 +127,18 @@ class Hdf5:
         return np.asarray(item[()])
 
     def text(self, path: str) -> str | None:
-        """A string, or None where there is none."""
+        """A string, or None where there is none.
+
+        Raises:
+            InputError: several values.
+            ResourceError: more than the cap in total.
+        """
         item = self.dataset(path)
         if item is None:
             return None
+        if math.prod(item.shape) != 1:
+            raise InputError(f"{self.source}: '{path}' must hold one text, got {item.shape}")
+        self.count(item.dtype.itemsize, path)
         value = item[()]
         while isinstance(value, np.ndarray) and value.size == 1:
             value = value.reshape(-1)[0]

@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from inverse.errors import InputError, UnsupportedError
+from inverse.io.dicom_frame import PatientFrame
 from inverse.io.hdf5 import Hdf5, open_hdf5
 from inverse.io.kspace import KSpace, crop_readout
 from inverse.operators.coils import noise_covariance
@@ -242,25 +243,27 @@ def _assemble(
         sums, times = _fill(source, encoding, file, acquisitions, heads, np.flatnonzero(chosen))
         lines = sums / np.maximum(times, 1).astype(np.float32)[:, None, None, :]
     covariance = _covariance(encoding, file, acquisitions, heads, flagged(_NOISE), keep)
-    fov, matrix = encoding.recon_fov_mm, encoding.recon
-    phase_mm = encoding.encoded_fov_mm[1] / encoding.encoded[1]
+    pixel_mm = (
+        encoding.recon_fov_mm[0] / encoding.recon[0],
+        encoding.encoded_fov_mm[1] / encoding.encoded[1],
+    )
     numbers, first = np.unique(heads[keep]["idx"]["slice"], return_index=True)
-    order, z_mm, frame = _geometry(heads[keep][first])
+    order, z_mm, frame = _geometry(heads[keep][first], data.shape[2:], pixel_mm)
     return KSpace(
         data=np.ascontiguousarray(data[order]),
         mask=np.ascontiguousarray(np.broadcast_to(mask[0], data.shape[2:])),
-        pixel_mm=(fov[0] / matrix[0], phase_mm),
+        pixel_mm=pixel_mm,
         z_mm=z_mm,
         covariance=None if covariance is None else covariance / averages,
         calibration=None if lines is None or len(lines) != len(data) else lines[order],
+        frame=frame,
         provenance={
             "source": "ISMRMRD",
             "slices": [int(numbers[k]) for k in order],
             "averages": averages,
             "calibration_readouts": int(calibration.sum()),
             "readouts_left_out": int(left_out.sum()),
-            "oversampling_removed": encoding.encoded[0] / matrix[0],
-            **frame,
+            "oversampling_removed": encoding.encoded[0] / encoding.recon[0],
         },
     )
 
@@ -348,20 +351,34 @@ def _covariance(
 
 
 def _geometry(
-    heads: NDArray[Any],
-) -> tuple[list[int], tuple[float, ...], dict[str, Any]]:
-    """Order of the slices along their normal, their heights, and the frame for the provenance."""
-    normal = heads["slice_dir"].astype(np.float64)
+    heads: NDArray[Any], shape: tuple[int, ...], pixel_mm: tuple[float, float]
+) -> tuple[list[int], tuple[float, ...], PatientFrame | None]:
+    r"""Order of the slices along their normal, their heights, and where they lie in the patient.
+
+    Readouts run down the columns of the image and phase encoding along its rows, and a readout's
+    position is that of the zero of space, pixel (H // 2, W // 2):
+
+    .. math:: p = x - \lfloor H/2\rfloor\,\Delta_y\,\hat e_\text{read}
+       - \lfloor W/2\rfloor\,\Delta_x\,\hat e_\text{phase}
+    """
+    read, phase, along = (
+        heads[name].astype(np.float64) for name in ("read_dir", "phase_dir", "slice_dir")
+    )
     position = heads["position"].astype(np.float64)
-    z = np.einsum("ij,ij->i", position, normal)
+    (r, c), (rows, columns) = (phase[0], read[0]), shape
+    axes = np.stack([r, c])
+    known = (
+        np.abs(axes @ axes.T - np.eye(2)).max() < 1e-3
+        and np.ptp(read, axis=0).max() < 1e-3
+        and np.ptp(phase, axis=0).max() < 1e-3
+    )
+    normal = np.cross(r, c) if known else along[0]
+    z = position @ normal
     if not np.isfinite(z).all() or len(np.unique(z.round(4))) < len(z):
-        return list(range(len(heads))), (), {}
+        return list(range(len(heads))), (), None
     order = [int(k) for k in np.argsort(z)]
-    frame = {
-        "read_dir": heads["read_dir"][0].tolist(),
-        "phase_dir": heads["phase_dir"][0].tolist(),
-        "positions": position[order].tolist(),
-    }
-    if not np.isclose(np.linalg.norm(normal[0]), 1.0, atol=1e-3):
-        return order, tuple(float(v) for v in z[order]) if len(z) > 1 else (), {}
-    return order, tuple(float(v) for v in z[order]), {"patient_frame": frame}
+    if not known:
+        return order, tuple(float(v) for v in z[order]) if len(z) > 1 else (), None
+    first = position - rows // 2 * pixel_mm[0] * c - columns // 2 * pixel_mm[1] * r
+    frame = PatientFrame((*r.tolist(), *c.tolist()), tuple(map(tuple, first[order].tolist())))
+    return order, tuple(float(v) for v in z[order]), frame

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from inverse.errors import GeometryError, InputError
+from inverse.io.dicom_frame import PatientFrame
 from inverse.io.measurement_file import MeasurementFile
 from inverse.measurement import Measurement
 from inverse.operators.coils import espirit, mix_coils, noise_level, whitening_matrix
@@ -40,6 +41,7 @@ class KSpace:
         covariance: noise covariance of the coils, :math:`\Psi = \tfrac12 E\,n n^H`,
             ``(coils, coils)`` complex128, or None where no noise was measured.
         calibration: k-space of separate calibration lines, shape of ``data``, or None.
+        frame: where the slices lie in the patient, or None.
         provenance: plain JSON values, no patient data.
     """
 
@@ -49,6 +51,7 @@ class KSpace:
     z_mm: tuple[float, ...] = ()
     covariance: NDArray[np.complex128] | None = None
     calibration: NDArray[np.complex64] | None = None
+    frame: PatientFrame | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -77,6 +80,7 @@ class KSpace:
             data=self.data[chosen],
             z_mm=tuple(self.z_mm[k] for k in chosen) if self.z_mm else (),
             calibration=None if self.calibration is None else self.calibration[chosen],
+            frame=None if self.frame is None else self.frame.take(chosen),
             provenance={**self.provenance, "slices": chosen},
         )
 
@@ -140,6 +144,8 @@ class KSpace:
         sigma, noise_from = self.noise()
         mask, data = torch.from_numpy(self.mask), torch.from_numpy(self.data)
         provenance: dict[str, Any] = {**self.provenance, "label": self.label, "noise": noise_from}
+        if self.frame is not None:
+            provenance["patient_frame"] = self.frame.spec()
         operator: LinearOperator
         if self.coils == 1:
             operator, data, sigma = CartesianMRI(mask), data[:, 0].contiguous(), sigma[0, 0, 0]

@@ -354,7 +354,7 @@ def _values(volume: _Volume, max_bytes: int) -> NDArray[np.float64]:
     if 4 * count > max_bytes or size * (volume.index + 1) > 64 * max_bytes:
         raise ResourceError(
             f"{volume.label} claims {volume.shape} voxels, {4 * count >> 20} MiB, the limit is "
-            f"{max_bytes >> 20} MiB; raise the limit if the file is trusted"
+            f"{max_bytes >> 20} MiB; raise the limit (--limits) if the file is trusted"
         )
     try:
         with _open(volume.path) as stream:

@@ -35,6 +35,8 @@ __all__ = [
     "list_priors",
     "load_prior",
     "save_prior",
+    "update_card",
+    "write_tensors",
 ]
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -61,6 +63,10 @@ class PriorCard:
         limits: known failures, in plain sentences.
         sha256: hash of the weights (see :func:`save_prior`).
         network: what the network's output means: ``"score"`` (a denoiser) or ``"energy"``.
+        orientation: plane of the training images, ``"axial"``, ``"coronal"`` or ``"sagittal"``;
+            empty where it was not recorded.
+        calibration: what was measured on held-out patients, one entry a setting; written and read
+            by :class:`inverse.trust.CardCalibration`.
     """
 
     name: str
@@ -77,6 +83,8 @@ class PriorCard:
     limits: tuple[str, ...] = ()
     sha256: str = ""
     network: Literal["score", "energy"] = "score"
+    orientation: str = ""
+    calibration: tuple[Mapping[str, Any], ...] = ()
 
 
 class NetworkPrior(Denoiser):
@@ -189,7 +197,9 @@ def _hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save_prior(path: str | Path, net: UNet, card: PriorCard) -> PriorCard:
-    """Write weights (float16), network shape and card; atomic.
+    """Write weights (float16), network shape and card; the file is complete or absent.
+
+    It is on disk when this returns, also should the power fail.
 
     Returns:
         The card with the hash of the weights filled in.
@@ -199,17 +209,71 @@ def save_prior(path: str | Path, net: UNet, card: PriorCard) -> PriorCard:
         name: value.detach().cpu().to(torch.float16).contiguous()
         for name, value in net.state_dict().items()
     }
-    card = dataclasses.replace(card, sha256=_hash(tensors))
+    return _write(path, tensors, net.config, dataclasses.replace(card, sha256=_hash(tensors)))
+
+
+def update_card(name_or_path: str | Path, **fields: Any) -> PriorCard:
+    """Replace fields of a prior's card in its file, without touching the weights; atomic.
+
+    Args:
+        name_or_path: a bundled name or a prior file.
+        fields: fields of :class:`PriorCard` but ``sha256``, which belongs to the weights.
+
+    Returns:
+        The card as it was written.
+
+    Raises:
+        CheckpointError: as :func:`load_prior`, or a field that a card does not have.
+    """
+    path = _path(name_or_path)
+    tensors, config, card = _read(path)
+    unknown = set(fields) - ({f.name for f in dataclasses.fields(PriorCard)} - {"sha256"})
+    if unknown:
+        raise CheckpointError(
+            f"a prior card has no field {', '.join(sorted(unknown))} to replace; see PriorCard"
+        )
+    return _write(path, tensors, config, dataclasses.replace(card, **fields))
+
+
+def _write(
+    path: Path, tensors: Mapping[str, Tensor], config: NetworkConfig, card: PriorCard
+) -> PriorCard:
+    """A prior file, complete or absent; its card as it reads back."""
     metadata = {
         "format": _FORMAT,
-        "network": json.dumps(asdict(net.config)),
+        "network": json.dumps(asdict(config)),
         "card": json.dumps(asdict(card)),
     }
+    write_tensors(path, tensors, metadata)
+    return _card(metadata["card"])
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file that is complete or absent, also should the power fail or the disk fill.
+
+    Args:
+        path: the file; its folder is made.
+        tensors: what it holds, by name.
+        metadata: texts in its header.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata)
-    temporary.replace(path)
-    return _card(metadata["card"])
+    try:
+        save_file(dict(tensors), temporary, dict(metadata))
+        _sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file, or the entries of a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _card(text: str) -> PriorCard:
