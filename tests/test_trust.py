@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -297,10 +298,14 @@ def test_conformal_factors_by_hand() -> None:
     """100 images of 10 pixels whose errors are 1 to 1000 standard deviations."""
     truth = (1 + torch.arange(1000.0)).reshape(100, 10)
     mean, std = torch.zeros(100, 10), torch.ones(100, 10)
-    # budget 0.3 - sqrt(ln 10 / 200) = 0.19270: at most 192 of 1000 outside
+    # e P(Bin(100, 0.3) <= 21) = 0.0783 and that of 22 is 0.130: at most 210 of 1000 outside
     fit = rcps(truth, mean, std, alpha=0.3, delta=0.1)
-    assert fit.factor == 1000 - 192
-    assert fit.risk == pytest.approx(0.192)
+    assert fit.factor == 1000 - 210
+    assert fit.risk == pytest.approx(0.21)
+    # 26 patients: 26 h(r, 0.1) = ln 10 at r = 0.00385, and e P(Bin(26, 0.1) = 0) is above 0.1
+    few = (1 + torch.arange(26 * 1000.0)).reshape(26, 1000)
+    fit = rcps(few, torch.zeros_like(few), torch.ones_like(few), alpha=0.1, delta=0.1)
+    assert fit.factor == 26000 - 100
     # budget (0.3 * 101 - 1) / 100 = 0.293
     fit = crc(truth, mean, std, alpha=0.3)
     assert fit.factor == 1000 - 293
@@ -310,6 +315,14 @@ def test_conformal_factors_by_hand() -> None:
     assert low.tolist() == [1 - 1414] * 2
     assert high.tolist() == [1 + 1414] * 2
     torch.testing.assert_close(crc(truth, mean, 2 * std, alpha=0.3).factor, 707 / 2)
+
+
+def test_a_budget_of_nothing_takes_the_largest_ratio() -> None:
+    """Nine patients leave no pixel outside at a tenth, however many pixels they have."""
+    truth = random((9, 30000), torch.float32, 0)
+    fit = crc(truth, torch.zeros_like(truth), torch.full_like(truth, 0.3), alpha=0.1)
+    assert fit.factor == pytest.approx(float(truth.abs().max()) / 0.3)
+    assert fit.risk == 0.0
 
 
 def test_patients_count_once_whatever_they_bring() -> None:
@@ -359,7 +372,7 @@ def test_promised_risk_over_200_random_splits() -> None:
 
 def test_conformal_fits_refuse_what_cannot_be_promised() -> None:
     truth, mean, std = population(20, 0)
-    with pytest.raises(InputError, match="at least 116 patients"):
+    with pytest.raises(InputError, match="at least 22 patients"):
         rcps(truth, mean, std, alpha=0.1, delta=0.1)
     with pytest.raises(InputError, match="at least 99 patients"):
         crc(truth, mean, std, alpha=0.01)
@@ -494,7 +507,7 @@ def test_prior_part_on_the_gaussian_fixture(name: str) -> None:
     columns = torch.linalg.cholesky(exact.covariance + 1e-9 * torch.eye(d)).T
     columns = math.sqrt((2 * d - 1) / 2) * torch.cat([columns, -columns])
     samples = (exact.mean + columns).float().reshape(2 * d, SIDE, SIDE)
-    part = prior_part(operator, torch.split(samples, 50))
+    part = prior_part(partial(split, operator), torch.split(samples, 50))
     p0 = torch.eye(d) - projector(operator)
     sd = (p0 @ exact.covariance @ p0).diagonal().clamp_min(0).sqrt().reshape(SIDE, SIDE)
     assert part.converged
@@ -513,7 +526,7 @@ def test_prior_part_on_the_gaussian_fixture(name: str) -> None:
 def test_share_of_the_prior_in_numbers() -> None:
     operator = Mask(torch.tensor([[True, False, True]]))
     samples = torch.tensor([[[1.0, 2.0, 0.0]], [[3.0, 2.0, 0.0]]])
-    part = prior_part(operator, [samples])
+    part = prior_part(partial(split, operator), [samples])
     assert part.share.tolist() == [[0.0, 1.0, 0.0]]
     assert part.std.tolist() == [[0.0, 0.0, 0.0]]
     assert float(part.measured_std[0, 0]) == pytest.approx(math.sqrt(2))
@@ -537,11 +550,11 @@ def test_split_refuses_bad_input() -> None:
         with pytest.raises(InputError, match="positive tol"):
             split(operator, x, **options)
     with pytest.raises(InputError, match="at least 2"):
-        prior_part(operator, [x])
+        prior_part(partial(split, operator), [x])
     with pytest.raises(GeometryError, match="batches"):
-        prior_part(operator, [x[0]])
+        prior_part(partial(split, operator), [x[0]])
     with pytest.raises(InputError, match="at least 1"):
-        prior_part(operator, [])
+        prior_part(partial(split, operator), [])
 
 
 # --- detectability ----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from inverse.priors.checkpoint import (
     list_priors,
     load_prior,
     save_prior,
+    update_card,
 )
 from inverse.priors.denoiser import Denoiser
 from inverse.priors.energy import EnergyPrior, FunctionEnergy, energy_score
@@ -28,4 +29,5 @@ __all__ = [
     "list_priors",
     "load_prior",
     "save_prior",
+    "update_card",
 ]

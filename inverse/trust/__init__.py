@@ -1,5 +1,17 @@
-"""Can this reconstruction be believed? Uncertainty, hallucination, lesions."""
+"""Can this reconstruction be believed? Uncertainty, hallucination, lesions, and a verdict."""
 
+from inverse.trust.calibration import (
+    Coverage,
+    Ranks,
+    Sfrc,
+    Tarp,
+    coverage,
+    fourier_ring_correlation,
+    ranks,
+    sfrc,
+    tarp,
+)
+from inverse.trust.card import CardCalibration, Concern, Setting, check_card, plane
 from inverse.trust.detectability import (
     Detection,
     auc,
@@ -12,9 +24,11 @@ from inverse.trust.hallucination import (
     PriorPart,
     Split,
     hallucination_maps,
+    noise_split,
     prior_part,
     split,
 )
+from inverse.trust.ood import PriorPredictive, Rank, Reference, prior_predictive, statistics
 from inverse.trust.uncertainty import (
     ChiSquare,
     Conformal,
@@ -29,29 +43,65 @@ from inverse.trust.uncertainty import (
     risk,
     whiteness,
 )
+from inverse.trust.verdict import (
+    Evidence,
+    Examination,
+    Interval,
+    Verdict,
+    examine,
+    judge,
+    shown,
+)
 
 __all__ = [
+    "CardCalibration",
     "ChiSquare",
+    "Concern",
     "Conformal",
+    "Coverage",
     "Detection",
+    "Evidence",
+    "Examination",
+    "Interval",
     "Moments",
     "PriorPart",
+    "PriorPredictive",
+    "Rank",
+    "Ranks",
+    "Reference",
+    "Setting",
+    "Sfrc",
     "Split",
+    "Tarp",
+    "Verdict",
     "Whiteness",
     "auc",
     "by_first_axis",
     "by_frequency",
+    "check_card",
     "contrast_recovery",
+    "coverage",
     "crc",
     "d_prime",
+    "examine",
+    "fourier_ring_correlation",
     "hallucination_maps",
     "hotelling",
     "interval",
+    "judge",
     "laguerre_gauss",
+    "noise_split",
+    "plane",
     "prior_part",
+    "prior_predictive",
+    "ranks",
     "rcps",
     "residual_chi2",
     "risk",
+    "sfrc",
+    "shown",
     "split",
+    "statistics",
+    "tarp",
     "whiteness",
 ]

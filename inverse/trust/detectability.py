@@ -250,6 +250,7 @@ def contrast_recovery(present: Tensor, absent: Tensor, lesion: Tensor) -> tuple[
         InputError: fewer than two pairs, images that are not real and finite, a lesion of zero.
 
     Source: Fessler and Rogers, IEEE Trans. Image Process. 5 (1996), the local response.
+    Here: docs/theory.md, equation (38).
     """
     if present.shape != absent.shape or present.shape[1:] != lesion.shape:
         raise GeometryError(

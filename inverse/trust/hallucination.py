@@ -4,12 +4,15 @@ r"""What of an image the data have fixed, and what the prior has filled in.
 
 The first part is the only one that the data can contradict: :math:`A P_0 x = 0`.  Structure in
 the second comes from the prior alone, right or not.  Between the two lie directions that the
-operator hardly sees, with singular values below the noise; they count as measured here.
+operator hardly sees, with singular values below the noise.  :func:`split` counts them as measured,
+which is exact and, for CT, far from what noisy data say; :func:`noise_split` counts each direction
+by how far its signal stands out of the noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +20,11 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from inverse.errors import GeometryError, InputError, NumericalError
+from inverse.measurement import Measurement
 from inverse.operators.linop import LinearOperator
 from inverse.trust.uncertainty import Moments
 
-__all__ = ["PriorPart", "Split", "hallucination_maps", "prior_part", "split"]
+__all__ = ["PriorPart", "Split", "hallucination_maps", "noise_split", "prior_part", "split"]
 
 DELAY = 8  # least iterations that the estimate of the error looks back
 
@@ -32,11 +36,13 @@ class Split:
     Attributes:
         measured: :math:`A^+A x`, ``(*b, *in_shape)``, in the unit of the image.
         null: :math:`P_0 x = x - A^+A x`, likewise.
-        error: estimate of the error of both, :math:`\|z - A^+Ax\| / \|x\|`, shape ``b``.
-        leak: :math:`\|A P_0 x\| / \|A x\|`, which is zero for the exact part, shape ``b``.
+        error: estimate of the error of both, :math:`\|z - A^+Ax\| / \|x\|`, shape ``b``; of
+            :func:`noise_split` an upper bound.
+        leak: :math:`\|A P_0 x\| / \|A x\|`, which is zero for the exact part, shape ``b``, and
+            small for that of :func:`noise_split`.
         iterations: iterations of conjugate gradients done.
-        converged: whether error and leak met the tolerance, shape ``b``; if not, ``null`` still
-            holds some of what the operator sees weakly.
+        converged: whether error (and leak, of :func:`split`) met the tolerance, shape ``b``; if
+            not, ``null`` still holds some of what the operator sees weakly.
     """
 
     measured: Tensor
@@ -45,6 +51,23 @@ class Split:
     leak: Tensor
     iterations: int
     converged: Tensor
+
+    @property
+    def share(self) -> Tensor:
+        """Share of each pixel's value in the second part; see :attr:`PriorPart.share`."""
+        return _share(self.null, self.measured)
+
+    @property
+    def detail_share(self) -> Tensor:
+        r"""Share of the image's detail in the second part, 0 to 1, shape ``b``, float64.
+
+        .. math:: \frac{\|\nabla P_0x\|^2}{\|\nabla P_0x\|^2 + \|\nabla A^+Ax\|^2}
+
+        Of edges and texture, as the energy of the image itself is that of its broad features,
+        which any data fix.
+        """
+        null, measured = (_detail(u, self.error.ndim) for u in (self.null, self.measured))
+        return null / (null + measured).clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def split(
@@ -154,6 +177,70 @@ def split(
     return Split(z, null, error, leak, iterations, (error <= tol) & small)
 
 
+def noise_split(
+    measurement: Measurement,
+    x: Tensor,
+    contrast: float,
+    *,
+    tol: float = 0.01,
+    max_iter: int = 100,
+) -> Split:
+    r"""Measured and prior's part of images at the noise level of the data.
+
+    .. math:: z = \Big(A^H W A + \frac{1}{\tau^2}\Big)^{-1} A^H W A\, x, \qquad
+        W = \mathrm{diag}\,\sigma_y^{-2}
+
+    A direction of singular value s (of :math:`W^{1/2}A`) is measured to the share
+    :math:`s^2\tau^2/(1 + s^2\tau^2)`: one half where structure of size :math:`\tau` is as large
+    in the data as their noise.  It is the resolution of Tikhonov's estimate, and tends to
+    :math:`A^+A` without noise.  With the residual :math:`\rho` of the normal equations the error
+    is at most :math:`\tau^2\|\rho\|`, as no eigenvalue is below :math:`1/\tau^2`.
+
+    Args:
+        measurement: operator and noise; its data do not count.
+        x: images ``(*k, slices, *in_shape)``, physical units; with one noise for all slices any
+            ``(*b, *in_shape)``.
+        contrast: :math:`\tau`, size of structure in the image, physical units: the prior unit.
+        tol: most error relative to the image.
+        max_iter: most iterations, which bounds the cost: one application of A and of its adjoint
+            each.
+
+    Raises:
+        GeometryError: images of another shape than the operator's, or an empty batch.
+        InputError: images that are not finite or not of the operator's dtype, a contrast or
+            tolerance that is not positive, or no iteration.
+        NumericalError: if the iteration leaves the finite numbers.
+
+    Source: the resolution matrix of Backus and Gilbert, Geophys. J. R. Astron. Soc. 16 (1968);
+    filter factors: Hansen, *Discrete Inverse Problems* (2010), ch. 4.
+    """
+    _check(measurement.operator, x)
+    if not (math.isfinite(contrast) and contrast > 0 and tol > 0 and max_iter >= 1):
+        raise InputError(
+            f"noise_split needs a positive contrast and tol and an iteration, got {contrast}, "
+            f"{tol} and {max_iter}"
+        )
+    operator = measurement.whitened().operator
+    n, m = len(operator.in_shape), len(operator.out_shape)
+    ridge = contrast**-2
+    tiny = torch.finfo(torch.float64).tiny
+    with torch.no_grad():
+        seen = operator(x)
+        b = operator.adjoint(seen)
+        xx, bb = _square(x, n), _square(b, n)
+        # half the tolerance, for what rounding adds to the residual of the recursion
+        goal = 0.5 * tol * ridge * torch.where(bb > 0, (xx / bb.clamp_min(tiny)).sqrt(), torch.inf)
+        solved = operator.normal_solve(
+            b, ridge, tol=min(1.0, float(goal.amin())), max_iter=max_iter
+        )
+        z = solved.x
+        rest = operator(z)
+        residual = b - operator.adjoint(rest) - ridge * z
+        error = (_square(residual, n) / xx.clamp_min(tiny)).sqrt() / ridge
+        leak = (_square(seen - rest, m) / _square(seen, m).clamp_min(tiny)).sqrt()
+    return Split(z, x - z, error, leak, solved.iterations, error <= tol)
+
+
 def hallucination_maps(
     operator: LinearOperator,
     x: Tensor,
@@ -223,28 +310,20 @@ class PriorPart:
 
         0 where the pixel is zero in both parts.
         """
-        null, measured = self.mean.abs(), self.measured.abs()
-        return null / (null + measured).clamp_min(torch.finfo(torch.float64).tiny)
+        return _share(self.mean, self.measured)
 
 
-def prior_part(
-    operator: LinearOperator,
-    samples: Iterable[Tensor],
-    *,
-    tol: float = 1e-4,
-    max_iter: int = 1000,
-) -> PriorPart:
+def prior_part(parts: Callable[[Tensor], Split], samples: Iterable[Tensor]) -> PriorPart:
     r"""Moments of the null-space part over samples, streamed.
 
     For a Gaussian posterior of covariance C, :math:`\mathrm{sd}(P_0\tilde x) =
     \sqrt{\mathrm{diag}(P_0 C P_0)}`.
 
     Args:
-        operator: forward operator.
+        parts: how to split, such as ``partial(split, operator)`` or ``partial(noise_split,
+            measurement, contrast=...)``.
         samples: batches of samples ``(k, *b, *in_shape)``, physical units, such as
             ``torch.split(samples, 8)``; at least two samples in all.
-        tol: as of :func:`split`.
-        max_iter: as of :func:`split`.
 
     Raises:
         GeometryError: shapes that differ from the operator's or from batch to batch.
@@ -257,18 +336,35 @@ def prior_part(
     error = leak = 0.0
     converged = True
     for batch in samples:
-        if batch.ndim <= len(operator.in_shape):
+        part = parts(batch)
+        if not part.error.ndim:
             raise GeometryError(
-                f"prior_part needs batches (k, *b, *{operator.in_shape}), got "
-                f"{tuple(batch.shape)}; give one sample as sample[None]"
+                f"prior_part needs batches (k, *b, *in_shape), got {tuple(batch.shape)}; give one "
+                "sample as sample[None]"
             )
-        part = split(operator, batch, tol=tol, max_iter=max_iter)
         null.add(part.null)
         measured.add(part.measured)
         error = max(error, float(part.error.max()))
         leak = max(leak, float(part.leak.max()))
         converged &= bool(part.converged.all())
     return PriorPart(null.mean, null.std, measured.mean, measured.std, error, leak, converged)
+
+
+def _detail(u: Tensor, batch: int) -> Tensor:
+    """Energy of the differences of neighbours along the axes after the first ``batch``."""
+    return sum(
+        (
+            u.diff(dim=axis).abs().square().flatten(batch).sum(dim=-1, dtype=torch.float64)
+            for axis in range(batch, u.ndim)
+        ),
+        torch.zeros(u.shape[:batch], dtype=torch.float64, device=u.device),
+    )
+
+
+def _share(null: Tensor, measured: Tensor) -> Tensor:
+    """``|null| / (|null| + |measured|)``, 0 where both vanish."""
+    a, b = null.abs(), measured.abs()
+    return a / (a + b).clamp_min(torch.finfo(a.dtype).tiny)
 
 
 def _square(u: Tensor, ndim: int) -> Tensor:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
+from scipy import optimize, special, stats
 from torch import Tensor
 
 from inverse.errors import GeometryError, InputError, UnsupportedError
@@ -221,7 +221,7 @@ def residual_chi2(
     if not 0 < level < 1:
         raise InputError(f"the level of an interval must lie between 0 and 1, got {level}")
     z = _standard_residual(measurement, x)
-    measured = _measured(measurement)
+    measured = measured_data(measurement)
     shape = measurement.operator.out_shape
     if groups is None:
         groups = torch.zeros(shape, dtype=torch.long, device=z.device)
@@ -293,7 +293,7 @@ def whiteness(measurement: Measurement, x: Tensor, axis: int) -> Whiteness:
     if not -n <= axis < n:
         raise GeometryError(f"whiteness: data of {n} axes have no axis {axis}")
     z = _standard_residual(measurement, x)
-    measured = _measured(measurement).movedim(axis, -1)
+    measured = measured_data(measurement).movedim(axis, -1)
     z = z.movedim(axis % n + 1, -1) * measured.unsqueeze(-2)  # (slices, *, real parts, axis)
     pairs = (measured[..., 1:] & measured[..., :-1]).sum() * z.shape[-2]
     if not int(pairs):
@@ -399,12 +399,18 @@ def rcps(
 ) -> Conformal:
     r"""Factor whose risk is at most ``alpha`` with probability ``1 - delta`` over the fit.
 
-    .. math:: \hat\lambda = \min\{\lambda : \hat R(\lambda') + \sqrt{\ln(1/\delta)/(2n)}
-        \le \alpha \;\; \forall \lambda' \ge \lambda\}, \qquad
-        P\{R(\hat\lambda) \le \alpha\} \ge 1 - \delta
+    .. math:: \hat\lambda = \min\{\lambda : p(\hat R(\lambda')) \le \delta
+        \;\; \forall \lambda' \ge \lambda\}, \qquad P\{R(\hat\lambda) \le \alpha\} \ge 1 - \delta
 
     with :math:`\hat R(\lambda)` the mean over n patients of the share of pixels with
-    :math:`|x - \bar x| > \lambda s`.  Holds for any method and prior, for patients like those of
+    :math:`|x - \bar x| > \lambda s`, and p the bound of Hoeffding and Bentkus on the probability
+    of so small a mean if the risk exceeded :math:`\alpha`,
+
+    .. math:: p(r) = \min\{e^{-n\,h(r, \alpha)},\; e\,P(\mathrm{Bin}(n, \alpha) \le \lceil nr
+        \rceil)\}, \quad h(a, b) = a\ln\frac ab + (1 - a)\ln\frac{1 - a}{1 - b}
+
+    Never worse than :math:`\hat R + \sqrt{\ln(1/\delta)/(2n)} \le \alpha`, and of use with 22
+    patients where that asks for 116.  Holds for any method and prior, for patients like those of
     the fit; void under shift of scanner, protocol or population.
 
     Args:
@@ -423,20 +429,18 @@ def rcps(
             few patients for alpha and delta, or a std of zero at so many wrong pixels that no
             factor serves.
 
-    Source: Bates et al., J. ACM 68 (2021), Hoeffding's bound; Angelopoulos et al., ICML (2022)
-    for images.
+    Source: Bates et al., J. ACM 68 (2021), sec. 3.1; Angelopoulos et al., ICML (2022) for images.
     """
     _check_share(alpha, "alpha")
     _check_share(delta, "delta")
     ratio, weight, n = _misses(truth, mean, std, mask, patients)
-    bound = math.sqrt(math.log(1 / delta) / (2 * n))
-    if bound > alpha:
-        least = math.ceil(math.log(1 / delta) / (2 * alpha**2))
+    if (1 - alpha) ** n > delta:
+        least = math.ceil(math.log(delta) / math.log1p(-alpha))
         raise InputError(
             f"rcps with alpha {alpha} and delta {delta} needs at least {least} patients, got {n}; "
             "add patients, allow more, or use crc"
         )
-    factor, share = _smallest(ratio, weight, alpha - bound)
+    factor, share = _smallest(ratio, weight, _budget(n, alpha, delta))
     return Conformal(factor, alpha, delta, n, share)
 
 
@@ -500,6 +504,18 @@ def risk(
     return float(weight[ratio > factor].sum())
 
 
+def _budget(n: int, alpha: float, delta: float) -> float:
+    """Largest mean r of n losses with ``p(r) <= delta``, see :func:`rcps`."""
+
+    def excess(r: float) -> float:
+        h = special.rel_entr(r, alpha) + special.rel_entr(1 - r, 1 - alpha)
+        return float(-n * h) - math.log(delta)
+
+    hoeffding = optimize.brentq(excess, 0.0, alpha) if excess(0.0) < 0 else 0.0
+    below = math.e * stats.binom.cdf(range(n), n, alpha) <= delta
+    return max(float(hoeffding), (int(below.sum()) - 1) / n)
+
+
 def _misses(
     truth: Tensor,
     mean: Tensor,
@@ -555,7 +571,8 @@ def _smallest(ratio: Tensor, weight: Tensor, budget: float) -> tuple[float, floa
     """
     value, order = torch.cat([ratio.new_zeros(1), ratio]).sort()
     mass = torch.cat([weight.new_zeros(1), weight])[order]
-    above = mass.sum() - mass.cumsum(0)  # weight beyond the j-th; exact only at a run's end
+    # weight beyond the j-th, exact only at a run's end; none beyond the last, without rounding
+    above = torch.cat([mass.flip(0).cumsum(0).flip(0)[1:], mass.new_zeros(1)])
     enough = above <= budget + 1e-12
     factor = float(value[enough][0])
     if not math.isfinite(factor):
@@ -579,7 +596,7 @@ def _standard_residual(measurement: Measurement, x: Tensor) -> Tensor:
     return (torch.view_as_real(z.resolve_conj()) if z.is_complex() else z[..., None]).double()
 
 
-def _measured(measurement: Measurement) -> Tensor:
+def measured_data(measurement: Measurement) -> Tensor:
     """Which data are measured, boolean ``out_shape``; the others read zero, as does ``A x``."""
     operator, data = measurement.operator, measurement.data
     count = operator.measured

@@ -11,6 +11,9 @@ For the small problems one fixed measurement gives the moments, the KL divergenc
 weights, and many simulated pairs of truth and data give what must hold over them: coverage of
 intervals, uniform ranks (simulation-based calibration, Talts et al. 2018) and a reduced
 chi-square of 1.  The fields run through :func:`inverse.reconstruct.reconstruct` with 16 samples.
+
+``--acceptance`` tests the instruments themselves: they have to pass exact draws of the posterior
+of a field, and to refuse draws that are a little too narrow, moved, or of the prior.
 """
 
 from __future__ import annotations
@@ -26,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from inverse.measurement import Measurement
@@ -41,7 +43,7 @@ from inverse.priors.exact import GaussianPosterior
 from inverse.reconstruct import reconstruct
 from inverse.sampling import Noise
 from inverse.sde import SDE, VE
-from inverse.trust import interval
+from inverse.trust import coverage, interval, ranks, tarp
 
 _FROM_NOISE = {"steps": 50, "start_level": 40.0, "end_level": 0.01, "eta": 0.85}
 SETTINGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -78,7 +80,8 @@ SLOW: Mapping[str, int] = {
 
 DRAWS = 79
 """Draws a simulated pair: 80 ranks, of which 50, 80 and 95 % are whole numbers."""
-BINS = 16
+LEVELS = (50, 80, 95)
+"""Per cent of the intervals of small problems."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ class Row:
         modes: weight of the first mode, beside the exact one; None for Gaussians.
         coverage: share of truths in central intervals, by nominal per cent.
         sbc_p: p value that ranks are uniform, the least over the unknowns and the log likelihood,
-            times their number; None for fields.
+            times their number; None for fields and for fewer than ten simulations.
         chi2: reduced residual of a sample over simulated pairs, 1 for an exact one.
         seconds: wall-clock time.
     """
@@ -246,25 +249,20 @@ def calibration(toy: Toy, truth: Tensor, data: Tensor, draws: Tensor) -> dict[st
     n = len(truth)
     images = draws.to(torch.float32).reshape(-1, *toy.operator.in_shape)
     repeated = data.repeat_interleave(DRAWS, dim=0)
-    m = toy.operator.measured
     misfit = (repeated - toy.operator(images)).square().flatten(1).sum(dim=1) / toy.noise**2
     true_misfit = (data - toy.operator(truth)).square().flatten(1).sum(dim=1) / toy.noise**2
-    below = draws.reshape(n, DRAWS, -1) < truth.flatten(1).to(torch.float64)[:, None]
-    ranks = below.sum(dim=1)
-    likelihood = (misfit.reshape(n, DRAWS) > true_misfit[:, None]).sum(dim=1, keepdim=True)
-    counts = [
-        torch.bincount(r * BINS // (DRAWS + 1), minlength=BINS)
-        for r in torch.cat([ranks, likelihood], dim=1).T
-    ]
-    p = min(float(stats.chisquare(c.numpy()).pvalue) for c in counts) * len(counts)
-    middle = (ranks - DRAWS / 2).abs()
+    unknowns, samples = truth.flatten(1).double(), draws.reshape(n, DRAWS, -1)
+    # the log likelihood catches a sampler that returns the prior, whose marginals are right
+    likelihood = -misfit.double().reshape(n, DRAWS, 1)
+    with_likelihood = torch.cat([samples, likelihood], dim=2)
+    numbers = torch.cat([unknowns, -true_misfit.double()[:, None]], dim=1)
+    held = coverage(unknowns, samples, [level / 100 for level in LEVELS])
+    # of 16 bins as many as hold five simulations each; they have to divide the 80 ranks
+    bins = next((b for b in (16, 10, 8, 5, 4, 2) if n >= 5 * b), None)
     return {
-        "coverage": {
-            level: float((middle < (DRAWS + 1) * level / 200).to(torch.float64).mean())
-            for level in (50, 80, 95)
-        },
-        "sbc_p": min(p, 1.0),
-        "chi2": float(misfit.mean() / m),
+        "coverage": dict(zip(LEVELS, held.held, strict=True)),
+        "sbc_p": ranks(numbers, with_likelihood, bins=bins).p if bins else None,
+        "chi2": float(misfit.mean() / toy.operator.measured),
     }
 
 
@@ -381,6 +379,113 @@ def measure_field(
     )
 
 
+@dataclass(frozen=True)
+class Acceptance:
+    """What the instruments of :mod:`inverse.trust.calibration` say of draws of known quality.
+
+    Attributes:
+        problem: problem.
+        draws: what the draws are of.
+        right: whether they are the posterior's.
+        sbc_p: of ranks, over pixels, a region's mean, range, null space and log likelihood.
+        tarp_p: of the expected coverage.
+        held_75: coverage of the 75 % intervals.
+        mean_ok: whether ``N (m' - m)^T C^-1 (m' - m)`` is within ``d +- 4 sqrt(2 d)``.
+        spread_ok: whether the whitened covariance's eigenvalues are within 5 % of
+            ``(1 +- sqrt(d / N))^2``.
+    """
+
+    problem: str
+    draws: str
+    right: bool
+    sbc_p: float
+    tarp_p: float
+    held_75: float
+    mean_ok: bool
+    spread_ok: bool
+
+
+def acceptance(
+    kind: str = "ct", side: int = 16, simulations: int = 640, draws: int = 63, seed: int = 0
+) -> list[Acceptance]:
+    """Exact, narrow, moved and prior draws of a Gaussian field through every instrument."""
+    fixture = field(kind, side, simulations, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    d = side**2
+    operator = fixture.measurement.operator
+    if operator.dtype.is_complex:
+        operator = operator @ ComplexFromReal((side, side))
+    a = dense(operator)
+    noise = float(fixture.measurement.noise)
+    exact = fixture.exact[0]
+    factor = torch.linalg.cholesky(exact.covariance + 1e-10 * torch.eye(d, dtype=torch.float64))
+    mean = torch.stack([e.mean for e in fixture.exact])
+    z = torch.randn(simulations, draws, d, generator=generator, dtype=torch.float64)
+    many = torch.randn(8 * d, d, generator=generator, dtype=torch.float64)
+    blind = fixture.prior.sample(simulations * draws + 8 * d, generator).flatten(1).double()
+    sd = exact.covariance.diagonal().sqrt()
+    spread = z @ factor.T
+    kinds = {
+        "posterior": (mean[:, None] + spread, mean[0] + many @ factor.T),
+        "posterior, spread x 0.8": (
+            mean[:, None] + 0.8 * spread, mean[0] + 0.8 * many @ factor.T,
+        ),
+        "posterior, moved by sd / 2": (
+            mean[:, None] + 0.5 * sd + spread, mean[0] + 0.5 * sd + many @ factor.T,
+        ),
+        "prior": (blind[: simulations * draws].reshape(z.shape), blind[simulations * draws :]),
+    }  # fmt: skip
+    truth = fixture.truth.flatten(1).double()
+    y = _real(fixture.measurement.data.flatten(1)).reshape(simulations, -1).double()
+    functionals = _functionals(a, side, generator)
+    reference = torch.linalg.solve(a.T @ a + torch.eye(d, dtype=torch.float64), a.T @ y.T).T
+    reference = reference + fixture.prior.sample(simulations, generator).flatten(1).double()
+
+    def numbers(x: Tensor, data: Tensor) -> Tensor:
+        misfit = (data - x @ a.T).square().sum(dim=-1, keepdim=True) / noise**2
+        return torch.cat([x @ functionals.T, -misfit], dim=-1)
+
+    rows = []
+    for name, (samples, fixed) in kinds.items():
+        of_samples = numbers(samples, y[:, None])
+        of_truth = numbers(truth, y)
+        bins = max(b for b in (16, 8, 4) if simulations >= 5 * b)
+        shift = torch.linalg.solve_triangular(
+            factor, (fixed.mean(dim=0) - mean[0])[:, None], upper=False
+        )
+        white = torch.linalg.solve_triangular(factor, (fixed - fixed.mean(dim=0)).T, upper=False)
+        eigenvalues = torch.linalg.eigvalsh(white @ white.T / (len(fixed) - 1))
+        edge = math.sqrt(d / len(fixed))
+        rows.append(
+            Acceptance(
+                problem=f"{fixture.name}, {side} x {side}",
+                draws=name,
+                right=name == "posterior",
+                sbc_p=ranks(of_truth, of_samples, bins=bins).p,
+                tarp_p=tarp(truth, samples, reference).p,
+                held_75=coverage(truth, samples, (0.75,)).held[0],
+                mean_ok=abs(len(fixed) * float(shift.square().sum()) - d) < 4 * math.sqrt(2 * d),
+                spread_ok=bool(
+                    (eigenvalues > 0.95 * (1 - edge) ** 2).all()
+                    & (eigenvalues < 1.05 * (1 + edge) ** 2).all()
+                ),
+            )
+        )
+    return rows
+
+
+def _functionals(a: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """Three pixels, a region's mean, one direction that is seen best and one not at all."""
+    d = side**2
+    pixels = torch.eye(d, dtype=torch.float64)[[0, d // 2 + side // 2, d - side // 3]]
+    region = torch.zeros(side, side, dtype=torch.float64)
+    region[side // 4 : side // 2, side // 4 : side // 2] = 1 / (side // 4) ** 2
+    _, s, vh = torch.linalg.svd(a, full_matrices=True)
+    silent = vh[int((s > 1e-6 * s[0]).sum()) :]
+    hidden = torch.randn(len(silent), generator=generator, dtype=torch.float64) @ silent
+    return torch.cat([pixels, torch.stack([region.flatten(), vh[0], hidden])])
+
+
 def dense(operator: LinearOperator) -> Tensor:
     """The real matrix ``(m, d)`` of an operator on real images; complex data as (re, im) pairs."""
     d = math.prod(operator.in_shape)
@@ -478,7 +583,17 @@ def main() -> None:
     parser.add_argument("labels", nargs="*", help=f"of {', '.join(SETTINGS)}; default all")
     parser.add_argument("--quick", action="store_true", help="a tenth of the samples, 16 x 16")
     parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--acceptance", action="store_true", help="test the instruments instead")
     arguments = parser.parse_args()
+    if arguments.acceptance:
+        size = {"side": 8, "simulations": 320} if arguments.quick else {}
+        found = [row for kind in ("ct", "mri") for row in acceptance(kind, **size)]
+        print("| problem | draws | SBC p | TARP p | 75 % holds | mean | spread |")
+        print("|---|---|--:|--:|--:|---|---|")
+        for r in found:
+            print(f"| {r.problem} | {r.draws} | {r.sbc_p:.2g} | {r.tarp_p:.2g} | "
+                  f"{100 * r.held_75:.1f} | {r.mean_ok} | {r.spread_ok} |")  # fmt: skip
+        return
     unknown = set(arguments.labels) - set(SETTINGS)
     if unknown:
         parser.error(f"no setting {', '.join(sorted(unknown))}; there are {', '.join(SETTINGS)}")
