@@ -1,112 +1,93 @@
-"""Gather what an output folder holds and render it."""
+"""The page and the figures of an output folder."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from recon_cli.report import figures
+from recon_cli.report import figures, pixels
+from recon_cli.report.content import SCORES, Output, load
 from recon_cli.report.figures import Window
 
-__all__ = ["build", "draw_overview"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-CT_WINDOWS = (Window("Lung", -1350.0, 150.0), Window("Soft tissue", -160.0, 240.0))
-CT_ERROR_TOP = 200.0
-SHOWN = 3
+__all__ = ["build", "draw_figures", "draw_overview", "report_figures"]
 
-Volume = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class _Output:
-    """What an output folder holds."""
-
-    run: Mapping[str, Any]
-    metrics: Mapping[str, Any]
-    truth: Volume | None
-    std: Volume | None
-    images: Mapping[str, Volume]
-
-    @property
-    def unit(self) -> str:
-        return str(self.metrics["unit"])
-
-    @property
-    def windows(self) -> tuple[Window, ...]:
-        """Display windows: fixed for CT, from the values for MR."""
-        if self.unit == "HU":
-            return CT_WINDOWS
-        reference = self.truth if self.truth is not None else next(iter(self.images.values()))
-        return (Window("Signal", 0.0, float(np.percentile(reference, 99.7))),)
-
-    @property
-    def error_top(self) -> float:
-        """End of the error scale: fixed for CT, so that reports compare."""
-        return CT_ERROR_TOP if self.unit == "HU" else 0.25 * self.windows[0].high
+PICTURES = 3
+IMAGE_BITS = {"HU": 16, "signal": 12}
+MAP_BITS = 10
+TOOLS = {
+    "slice": "Slices", "window": "Window", "move": "Move", "profile": "Profile", "roi": "Region",
+}  # fmt: skip
+VERDICTS = {
+    "green": "No cause for doubt found",
+    "amber": "Look at the reasons before use",
+    "red": "Do not use",
+}
 
 
-def _json(path: Path) -> Any:
-    from inverse.errors import InputError, NoInputError
-
-    if not path.is_file():
-        raise NoInputError(
-            f"'{path.parent}' holds no {path.name}, so it is no output of recon; give the folder "
-            "that 'recon study', 'demo' or 'reconstruct' wrote"
-        )
-    try:
-        return json.loads(path.read_text())
-    except ValueError:
-        raise InputError(f"'{path}' is not valid JSON; run the reconstruction again") from None
+# --- pixel data --------------------------------------------------------------------------------
 
 
-def _volume(folder: Path, name: str, run: Mapping[str, Any]) -> Volume | None:
-    """A series of the output in its unit; MR files hold steps, whose size the run log knows."""
-    from inverse.io.series import read_series
-
-    if not (folder / name).is_dir():
-        return None
-    series = read_series(folder / name)
-    slope = 1.0 if series.unit == "HU" else float(run["outputs"][name]["slope"])
-    return np.asarray(series.array * np.float32(slope), np.float32)
-
-
-def _load(folder: Path) -> _Output:
-    from inverse.errors import InputError
-
-    run, metrics = _json(folder / "run.json"), _json(folder / "metrics.json")
-    images: dict[str, Volume] = {}
-    try:
-        for name in metrics["methods"]:
-            where = "recon" if name == "prior" else f"baseline-{name}"
-            volume = _volume(folder, where, run)
-            if volume is not None:
-                images[name] = volume
-        truth, std = _volume(folder, "truth", run), _volume(folder, "std", run)
-    except KeyError as error:
-        raise InputError(
-            f"the JSON files in '{folder}' lack {error}; run the reconstruction again"
-        ) from None
-    if not images:
-        raise InputError(f"'{folder}' holds no image series; run the reconstruction again")
-    return _Output(run, metrics, truth, std, images)
+def _layers(output: Output) -> list[dict[str, Any]]:
+    """Everything of a layer that the page knows, but its pixels."""
+    found: list[dict[str, Any]] = []
+    titles = {"truth": "Reference", **output.titles}
+    for key in (["truth"] if output.truth is not None else []) + list(output.images):
+        found.append({"key": key, "title": titles[key], "kind": "image", "unit": output.unit,
+                      "style": output.styles[key]})  # fmt: skip
+    for key, told in output.maps.items():
+        entry = {k: v for k, v in vars(told).items() if k not in ("volume", "step")}
+        found.append({"key": key, "kind": "map", "style": "s-prior", **entry})
+    return found
 
 
-def _titles(output: _Output) -> dict[str, str]:
-    return {name: str(output.metrics["methods"][name]["title"]) for name in output.images}
+def _packed(output: Output, budget: int) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Layers with their steps, and the text of every slice of each by its name in the page."""
+    entries, layers = _layers(output), []
+    for entry in entries:
+        key = entry["key"]
+        if entry["kind"] == "map":
+            told = output.maps[key]
+            layers.append(pixels.Layer.of(key, told.volume, told.step, MAP_BITS))
+        else:
+            volume = output.truth if key == "truth" else output.images[key]
+            assert volume is not None
+            bits = IMAGE_BITS[output.unit]
+            layers.append(pixels.Layer.of(key, volume, output.steps[key], bits))
+    layers, texts = pixels.fit(layers, budget)
+    for entry, layer in zip(entries, layers, strict=True):
+        entry |= {"base": layer.base, "step": layer.step, "levels": layer.levels}
+    named = [(f"{i}-{k}", text) for i, row in enumerate(texts) for k, text in enumerate(row)]
+    return entries, named
 
 
-def _shown(count: int) -> list[int]:
-    """A few slices, evenly spread."""
-    return sorted({round((i + 0.5) * count / SHOWN - 0.5) for i in range(min(SHOWN, count))})
+def _quantised(layers: Iterable[Mapping[str, Any]]) -> str:
+    """In which steps the page holds the values; one number where they are nearly equal."""
+    images = [layer for layer in layers if layer["kind"] == "image"]
+    steps = [layer["step"] for layer in images]
+    unit = images[0]["unit"]
+    if max(steps) < 1.5 * min(steps):
+        return f"values rounded to {max(steps):.3g} {unit}"
+    titles: dict[str, list[str]] = {}
+    for layer in images:
+        titles.setdefault(f"{layer['step']:.3g} {unit}", []).append(layer["title"])
+    return "values rounded to " + ", ".join(f"{s} ({', '.join(t)})" for s, t in titles.items())
+
+
+# --- the page ----------------------------------------------------------------------------------
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -130,83 +111,6 @@ def _cells(row: Mapping[str, Any]) -> Iterable[str]:
     yield str(row["network_calls"])
 
 
-_STD_NOTE = (
-    "The std is the spread of the posterior samples. A low value does not mean correct: the "
-    "spread knows nothing of what the prior is wrong about, and the sampler's approximations make "
-    "it too small."
-)
-
-Panel = tuple[str, str, str]
-"""Title, remark and data URI of one picture; all empty for a gap."""
-
-
-def _sections(output: _Output) -> list[dict[str, Any]]:
-    """Groups of picture rows: one group a display window, then errors and std."""
-    shown = _shown(len(next(iter(output.images.values()))))
-    groups = [
-        (f"{w.name} window", [("", f"{w.low:.4g} to {w.high:.4g} {output.unit}")], "",
-         partial(_window_row, output, w))
-        for w in output.windows
-    ]  # fmt: skip
-    scales = []
-    if output.truth is not None:
-        text = f"error, 0 to {output.error_top:.3g} {output.unit}"
-        scales.append((figures.gradient(figures.ERROR_MAP), text))
-    if output.std is not None:
-        text = f"std, 0 to {_std_top(output):.3g} {output.unit}"
-        scales.append((figures.gradient(figures.STD_MAP), text))
-    if scales:
-        title = " and ".join(
-            ["Absolute error"] * (output.truth is not None)
-            + ["uncertainty"] * (output.std is not None)
-        )
-        note = _STD_NOTE if output.std is not None else ""
-        row = partial(_error_row, output, _std_top(output))
-        groups.append((title[0].upper() + title[1:], scales, note, row))
-    source = [entry["slice"] for entry in output.metrics["per_slice"]]
-    return [
-        {
-            "title": title,
-            "scales": scales,
-            "note": note,
-            "rows": [{"slice": source[k], "panels": row(k)} for k in shown],
-        }
-        for title, scales, note, row in groups
-    ]
-
-
-def _window_row(output: _Output, window: Window, k: int) -> list[Panel]:
-    """Truth and reconstructions of slice ``k``."""
-    panels: list[Panel] = []
-    if output.truth is not None:
-        panels.append(("Reference", "", figures.grey(output.truth[k], window)))
-    for name, title in _titles(output).items():
-        value = output.metrics["per_slice"][k].get(name, {}).get("psnr")
-        remark = "" if value is None else f"{value:.1f} dB"
-        panels.append((title, remark, figures.grey(output.images[name][k], window)))
-    return panels
-
-
-def _std_top(output: _Output) -> float:
-    """End of the scale of the std map."""
-    return 0.0 if output.std is None else float(np.percentile(output.std, 99.7)) or 1.0
-
-
-def _error_row(output: _Output, top: float, k: int) -> list[Panel]:
-    """Std below the truth, errors below the reconstructions of slice ``k``."""
-    panels: list[Panel] = []
-    if output.std is not None:
-        panels.append(("Std of samples", "", figures.heat(output.std[k], top, figures.STD_MAP)))
-    elif output.truth is not None:
-        panels.append(("", "", ""))
-    if output.truth is not None:
-        for name, title in _titles(output).items():
-            error = np.abs(output.images[name][k] - output.truth[k])
-            picture = figures.heat(error, output.error_top, figures.ERROR_MAP)
-            panels.append((title, "|error|", picture))
-    return panels
-
-
 def _flat(value: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
     """Nested settings as (dotted name, text)."""
     pairs: list[tuple[str, str]] = []
@@ -219,15 +123,85 @@ def _flat(value: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
     return pairs
 
 
-def _curve(output: _Output) -> str | None:
-    per_slice = output.metrics["per_slice"]
-    if output.truth is None or len(per_slice) < 2:
+def _verdict(output: Output) -> dict[str, Any] | None:
+    """The traffic light with its reasons, where there is one."""
+    light, reasons = output.trust.get("light"), output.trust.get("reasons")
+    if light not in VERDICTS or not isinstance(reasons, list) or not reasons:
         return None
-    lines = {
-        title: [entry[name]["psnr"] for entry in per_slice]
-        for name, title in _titles(output).items()
-    }
-    return figures.curve(lines, [entry["slice"] for entry in per_slice], "PSNR in dB")
+    return {"light": light, "words": VERDICTS[light], "reasons": [str(r) for r in reasons]}
+
+
+def _windows(output: Output) -> list[Window]:
+    """Windows of the page, the first one to begin with, and one of all values."""
+    whole = Window("All values", float(output.reference.min()), float(output.reference.max()))
+    windows = [*output.windows, whole]
+    if output.unit == "HU":
+        share = np.mean(output.reference < -500)  # without air, soft tissue tells more
+        lungs = np.mean((output.reference > -950) & (output.reference < -500))
+        first = 0 if lungs > 0.1 * (1 - share) else 1
+        windows = [windows.pop(first), *windows]
+    return windows
+
+
+def _facts(output: Output, layers: list[dict[str, Any]], windows: list[Window]) -> dict[str, Any]:
+    """What the script of the page reads."""
+    rows, columns = output.reference.shape[1:]
+    methods = output.metrics["methods"]
+    palettes = {layer["palette"] for layer in layers if layer["kind"] == "map"}
+    return {
+        "rows": rows,
+        "columns": columns,
+        "spacing": output.spacing,
+        "slices": output.source,
+        "unit": output.unit,
+        "span": windows[-1].high - windows[-1].low or 1.0,
+        "windows": [asdict(window) for window in windows],
+        "errorTop": output.error_top,
+        "layers": layers,
+        "palettes": {name: figures.palette(name) for name in palettes}
+        | {"error": figures.palette(figures.ERROR_MAP)},
+        "methods": [
+            {"key": name, "title": title, "style": output.styles[name],
+             **{score: methods[name].get(score) for score in SCORES}}
+            for name, title in output.titles.items()
+        ],
+        "scores": {name: output.score(name) for name in SCORES},
+        "scoreLabels": {name: {"label": label} for name, label in SCORES.items()},
+        "residual": output.residual,
+        "coverage": None if output.coverage is None else asdict(output.coverage),
+    }  # fmt: skip
+
+
+def _stills(output: Output, window: Window) -> dict[str, Any]:
+    """Pictures for browsers without scripts: the middle slice."""
+    k = len(output.source) // 2
+    images = {} if output.truth is None else {"Reference": output.truth}
+    images |= {output.titles[name]: volume for name, volume in output.images.items()}
+    pictures = [(title, figures.grey(volume[k], window)) for title, volume in images.items()]
+    text = f"{window.name} window, {window.low:.4g} to {window.high:.4g} {output.unit}"
+    if output.std is not None:
+        top = output.maps["std"].high
+        pictures.append(("Std of samples", figures.heat(output.std[k], top, figures.STD_MAP)))
+        text += f"; std 0 to {top:.3g} {output.unit}"
+    return {"slice": output.source[k], "text": text, "pictures": pictures}
+
+
+def _source(text: str) -> tuple[Any, str]:
+    """A script or style for the page, and the hash by which the page's policy admits it."""
+    from markupsafe import Markup
+
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return Markup(text), f"sha256-{digest}"
+
+
+def _json_text(value: Any) -> Any:
+    """JSON that cannot end its script element."""
+    from markupsafe import Markup
+
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(text)  # its signs are escaped
 
 
 def _write(path: Path, text: str) -> None:
@@ -244,8 +218,12 @@ def _write(path: Path, text: str) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
-def build(folder: Path) -> Path:
-    """Write ``report.html`` into an output folder from its series, metrics and run log.
+def build(folder: Path, budget: int = pixels.BUDGET) -> Path:
+    """Write ``report.html`` into an output folder from what it holds.
+
+    Args:
+        folder: what demo, study or reconstruct wrote.
+        budget: bytes for pixel data; where they do not fit, values are rounded to larger steps.
 
     Raises:
         NoInputError: no output of this toolkit.
@@ -253,7 +231,7 @@ def build(folder: Path) -> Path:
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    output = _load(folder)
+    output = load(folder)
     environment = Environment(
         loader=PackageLoader("recon_cli", "report"),
         autoescape=True,
@@ -261,26 +239,150 @@ def build(folder: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    here = files("recon_cli") / "report"
+    style, style_hash = _source((here / "report.css").read_text(encoding="utf-8"))
+    script, script_hash = _source((here / "report.js").read_text(encoding="utf-8"))
+    layers, packed = _packed(output, budget)
+    windows = _windows(output)
+    facts = _facts(output, layers, windows)
     run, prior = output.run, output.run.get("prior") or {}
-    training = prior.get("training") or {}
+    coverage = facts["coverage"]
     page = environment.get_template("report.html.j2").render(
         run=run,
         label=run["settings"]["label"],
         metrics=output.metrics,
+        verdict=_verdict(output),
         rows=[
             (row["title"], list(_cells(row)), name == "prior")
             for name, row in output.metrics["methods"].items()
         ],
-        sections=_sections(output),
-        curve=_curve(output),
+        images=[layer for layer in layers if layer["kind"] == "image"],
+        maps=[layer for layer in layers if layer["kind"] == "map"],
+        methods=facts["methods"],
+        has_truth=output.truth is not None,
+        has_std=output.std is not None,
+        windows=windows,
+        tools=TOOLS.items(),
+        quantised=_quantised(layers),
+        scores=facts["scoreLabels"] if any(facts["scores"].values()) else {},
+        residual=facts["residual"],
+        coverage=coverage
+        and coverage | {"at90": coverage["covered"][coverage["nominal"].index(90.0)]},
+        stills=_stills(output, windows[0]),
         settings=_flat(run["settings"]),
         prior=prior,
-        training=[(k, v) for k, v in _flat(training) if not k.startswith("settings.")],
+        training=[
+            pair
+            for pair in _flat(prior.get("training") or {})
+            if not pair[0].startswith("settings.")
+        ],
         samples=(run["settings"].get("reconstruction") or {}).get("samples", 1),
+        facts=_json_text(facts),
+        pixels=packed,
+        style=style,
+        style_hash=style_hash,
+        script=script,
+        script_hash=script_hash,
     )
     path = folder / "report.html"
     _write(path, page)
     return path
+
+
+# --- figures -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _plain_text() -> Iterator[None]:
+    """Titles are text, not formulas."""
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False}):
+        yield
+
+
+def _overview(output: Output, k: int) -> Figure:
+    panels = {} if output.truth is None else {"Reference": output.truth[k]}
+    panels |= {output.titles[name]: volume[k] for name, volume in output.images.items()}
+    kind = ", simulated" if output.run["retrospective_simulation"] else ""
+    return figures.overview(
+        panels,
+        None if output.truth is None else output.truth[k],
+        None if output.std is None else output.std[k],
+        output.windows[:2] if output.unit == "HU" else output.windows[:1],
+        output.error_top,
+        output.unit,
+        output.captions(k),
+        f"{output.run['settings']['label']}{kind}. Research use only.",
+    )
+
+
+def report_figures(folder: Path) -> Iterator[tuple[str, Figure]]:
+    """The figures of a report, each with its name: overviews, metrics, residuals, coverage."""
+    output = load(folder)
+    count = len(output.source)
+    chosen = sorted(
+        {round((i + 0.5) * count / PICTURES - 0.5) for i in range(min(PICTURES, count))}
+    )
+    with _plain_text():
+        for k in chosen:
+            yield f"slice-{output.source[k]:04d}", _overview(output, k)
+        for name, label in SCORES.items():
+            values = output.score(name)
+            if not values:
+                continue
+            means = {}
+            for method in values:
+                found = output.metrics["methods"][method][name]
+                interval = None if found["ci95"] is None else tuple(found["ci95"])
+                means[method] = (output.titles[method], found["mean"], interval)
+            yield name, figures.scores(means, output.source, values, output.styles, label)
+        if output.residual:
+            lines = [(m["title"], m["style"], m["value"]) for m in output.residual["methods"]]
+            expected = output.residual["expected"]
+            yield (
+                "residual",
+                figures.residual(
+                    output.residual["at"],
+                    lines,
+                    None if expected is None else (expected[0], expected[1]),
+                    output.residual["axis"],
+                ),
+            )
+        if output.coverage is not None:
+            c = output.coverage
+            yield (
+                "coverage",
+                figures.coverage(c.nominal, c.covered, c.std, c.rmse, output.unit),
+            )
+
+
+def draw_figures(folder: Path, into: Path) -> list[Path]:
+    """Write the figures of a report as PNG files, for papers.
+
+    Args:
+        folder: output folder.
+        into: where to write; made if it is not there.
+
+    Raises:
+        OutputError: ``into`` cannot be written.
+        InputError: a damaged output.
+    """
+    from inverse.errors import OutputError
+
+    paths = []
+    for name, figure in report_figures(folder):
+        path = into / f"{name}.png"
+        try:
+            into.mkdir(parents=True, exist_ok=True)
+            with _plain_text():
+                figure.savefig(path)
+        except OSError as error:
+            raise OutputError(
+                f"figures cannot be written to '{into}' ({error.strerror}); give another folder"
+            ) from error
+        paths.append(path)
+    return paths
 
 
 def draw_overview(folder: Path, path: Path, index: int | None = None) -> None:
@@ -293,29 +395,10 @@ def draw_overview(folder: Path, path: Path, index: int | None = None) -> None:
     """
     from inverse.errors import InputError
 
-    output = _load(folder)
-    count = len(next(iter(output.images.values())))
+    output = load(folder)
+    count = len(output.source)
     k = count // 2 if index is None else index
     if not 0 <= k < count:
         raise InputError(f"slice {k} is not in the output, which has {count}; count from 0")
-    titles = _titles(output)
-    panels = {} if output.truth is None else {"Reference": output.truth[k]}
-    panels |= {titles[name]: volume[k] for name, volume in output.images.items()}
-    captions = {
-        titles[name]: f"{entry['psnr']:.1f} dB"
-        for name, entry in output.metrics["per_slice"][k].items()
-        if isinstance(entry, Mapping) and entry.get("psnr") is not None
-    }
-    kind = ", simulated" if output.run["retrospective_simulation"] else ""
-    mark = f"{output.run['settings']['label']}{kind}. Research use only."
-    figures.overview(
-        path,
-        panels,
-        None if output.truth is None else output.truth[k],
-        None if output.std is None else output.std[k],
-        output.windows,
-        output.error_top,
-        output.unit,
-        captions,
-        mark,
-    )
+    with _plain_text():
+        _overview(output, k).savefig(path)

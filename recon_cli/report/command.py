@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from recon_cli.options import command
+from recon_cli.console import print_json
+from recon_cli.options import Json, command
+from recon_cli.runlog import SCHEMA_VERSION
 
 
 def register(app: typer.Typer) -> None:
@@ -18,6 +20,7 @@ def register(app: typer.Typer) -> None:
         "report",
         examples="""
         recon report demo-out
+        recon report demo-out --figures figures
         recon report demo-out --overview overview.png
         """,
     )
@@ -30,6 +33,15 @@ def register(app: typer.Typer) -> None:
                 show_default=False,
             ),
         ],
+        into: Annotated[
+            Path | None,
+            typer.Option(
+                "--figures",
+                metavar="DIR",
+                help="Write the figures of the report as PNG files, for papers, instead of it.",
+                show_default=False,
+            ),
+        ] = None,
         overview: Annotated[
             Path | None,
             typer.Option(
@@ -47,12 +59,21 @@ def register(app: typer.Typer) -> None:
                 show_default="the middle",
             ),
         ] = None,
+        as_json: Json = False,
     ) -> None:
         """(Re)build the HTML report of an output folder from the files in it."""
-        from recon_cli.report.build import build, draw_overview
+        from recon_cli.report.build import build, draw_figures, draw_overview
 
+        made: list[Path] = []
+        if into is not None:
+            made += draw_figures(folder, into)
         if overview is not None:
             draw_overview(folder, overview, index)
-            print(overview)
+            made.append(overview)
+        if into is None and overview is None:
+            made.append(build(folder))
+        if as_json:
+            files = [str(path) for path in made]
+            print_json({"schema_version": SCHEMA_VERSION, "files": files})
         else:
-            print(build(folder))
+            print(*made, sep="\n")
