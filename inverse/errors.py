@@ -1,17 +1,17 @@
 """Errors that a caller can act on.
 
-```
-ValueError
-└── ReconError          one sentence: object, expected, got, what to do
-    ├── GeometryError       impossible or inconsistent geometry            (exit 4)
-    ├── InputError          unreadable, malformed or inconsistent input    (exit 4)
-    ├── NoInputError        nothing to read where something was expected   (exit 3)
-    ├── UnsupportedError    valid, but this toolkit does not serve it      (exit 5)
-    ├── OutputError         output exists already or cannot be written     (exit 6)
-    ├── ResourceError       out of memory, disk or device                  (exit 7)
-    ├── NumericalError      non-finite or diverging computation            (exit 9)
-    └── CheckpointError     a prior file was refused                       (exit 10)
-```
+::
+
+    ValueError
+    └── ReconError          one sentence: object, expected, got, what to do
+        ├── GeometryError       impossible or inconsistent geometry            (exit 4)
+        ├── InputError          unreadable, malformed or inconsistent input    (exit 4)
+        ├── NoInputError        nothing to read where something was expected   (exit 3)
+        ├── UnsupportedError    valid, but this toolkit does not serve it      (exit 5)
+        ├── OutputError         output exists already or cannot be written     (exit 6)
+        ├── ResourceError       out of memory, disk or device                  (exit 7)
+        ├── NumericalError      non-finite or diverging computation            (exit 9)
+        └── CheckpointError     a prior file was refused                       (exit 10)
 
 The exit codes are the command line's; the API raises the same classes.
 """

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inverse.errors import CheckpointError, ReconError, UnsupportedError
+from inverse.errors import CheckpointError, ReconError, ResourceError, UnsupportedError
 from inverse.measurement import Measurement
+from inverse.memory import is_exhausted, peak_bytes
 from inverse.operators.coils import estimated_phase
 from inverse.operators.linop import (
     ComplexFromChannels,
@@ -21,14 +23,26 @@ from inverse.operators.linop import (
     LinearOperator,
     Solve,
 )
-from inverse.operators.resample import Upsample
+from inverse.operators.resample import ThickSlices, Upsample
 from inverse.posterior.methods import METHODS
 from inverse.posterior.problem import Problem
+from inverse.posterior.volume import (
+    CorrelatedNoise,
+    Coupling,
+    CouplingKind,
+    InChunks,
+    SliceBySlice,
+    check_positions,
+)
 from inverse.priors.checkpoint import NetworkPrior
 from inverse.priors.denoiser import CountedDenoiser, Denoiser
 from inverse.sampling import Noise
 
-__all__ = ["Batch", "Reconstruction", "reconstruct"]
+__all__ = ["Batch", "Plan", "Reconstruction", "reconstruct"]
+
+_log = logging.getLogger(__name__)
+
+_CHECKED = 16  # slices at a time whose residual is taken: bounds the memory
 
 
 @dataclass(frozen=True)
@@ -42,7 +56,7 @@ class Reconstruction:
         residual_chi2: reduced chi-square of the mean's residual, ``(slices,)``; see
             :meth:`inverse.measurement.Measurement.chi2`.
         status: ``"ok"``, or a sentence that says what to look at.
-        nfe: network calls a sample.
+        nfe: network calls a sample; with those for the halo of a coupling's windows.
         operator_calls: applications of the operator or its adjoint, a sample.
         seed: the seed.
         seconds: wall-clock time of the batches.
@@ -89,6 +103,9 @@ def reconstruct(
     options: Mapping[str, Any] | None = None,
     positions: Sequence[int] | None = None,
     saved: MutableMapping[int, Batch] | None = None,
+    coupling: CouplingKind | Coupling = "none",
+    z_mm: Sequence[float] | None = None,
+    max_memory: int | None = None,
 ) -> Reconstruction:
     r"""Sample images that agree with the measurement and the prior.
 
@@ -99,7 +116,7 @@ def reconstruct(
         steps: sampler steps; default the method's.
         samples: samples a slice; 8 or more for a standard deviation worth showing.
         seed: each sample is seeded by (seed, position of the slice, sample): the result depends
-            neither on ``batch`` nor on which other slices are there.
+            neither on ``batch`` nor, without coupling, on which other slices are there.
         batch: images a network call; default 8.
         device: default the measurement's.
         callback: progress, called as ``callback(done, total)`` in network steps.
@@ -111,104 +128,480 @@ def reconstruct(
         positions: index of each slice in its series; default its index in the measurement.
         saved: finished batches by number.  Those that it holds are not computed again, and new
             ones are put into it, so that a run with equal arguments continues to the same bits.
+        coupling: how neighbouring slices are made consistent; see
+            :mod:`inverse.posterior.volume`.
+        z_mm: position of each slice along z in mm, for coupling; default its position in the
+            series times the pixel size.
+        max_memory: bytes of memory (of the GPU, where there is one) within which to stay; smaller
+            groups of images go to the network where ``batch`` would need more.
 
     Raises:
         CheckpointError: a prior of another modality.
-        UnsupportedError: a prior whose channels do not fit the operator.
+        UnsupportedError: a prior whose channels do not fit the operator, or a coupling that does
+            not go with the method or the slices.
+        InputError: positions along z that a coupling cannot use.
         ReconError: an unknown method or option, or fewer than one sample.
+        ResourceError: not even one image at a time fits into memory.
         NumericalError: if sampling diverges.
     """
-    if method not in METHODS:
-        raise ReconError(f"no method '{method}'; there are {', '.join(METHODS)}")
-    if samples < 1 or (batch is not None and batch < 1):
-        raise ReconError(f"samples and batch must be at least 1, got {samples} and {batch}")
-    if phase not in ("estimated", "zero"):
-        raise ReconError(f"phase must be 'estimated' or 'zero', got {phase!r}")
-    places = range(len(measurement)) if positions is None else positions
-    if len(places) != len(measurement):
-        raise ReconError(f"positions must number the {len(measurement)} slices, got {len(places)}")
-    chosen = METHODS[method]
-    given = dict(options or {})
-    if steps is not None:
-        given["steps"] = steps
-    resolved = chosen.resolve(given, measurement.modality)
-    device = measurement.data.device if device is None else torch.device(device)
-    target = measurement.to(device)
-    if device != measurement.data.device:
-        prior = copy.deepcopy(prior).to(device)  # the caller's prior stays where it is
-    prior, embedding, notes = _adapt(prior, target, phase)
-    if samples > 1 and chosen.spread != "posterior":
-        notes.append(
-            f"the standard deviation of {method}'s samples is "
-            + ("no uncertainty" if chosen.spread == "none" else "smaller than the posterior's")
-            + ": for one to believe choose mmps or pnpdm"
-        )
-    offset, scale = _affine(prior, target)
-    operator = target.operator
-    counter = _CountedOperator(operator if embedding is None else operator @ embedding)
-    inner = replace(target, operator=counter).rescaled(offset, scale)
-    counter.tally[0] = 0
-    counted = CountedDenoiser(prior)
-
-    n = len(measurement)
-    batch = 8 if batch is None else batch
-    pairs = [(z, k) for z in range(n) for k in range(samples)]
-    shape = counter.in_shape
-    total = len(pairs) * int(resolved["steps"])
-    finished: MutableMapping[int, Batch] = {} if saved is None else saved
-    results: list[Batch] = []
-    with torch.inference_mode():
-        for number, first in enumerate(range(0, len(pairs), batch)):
-            chunk = pairs[first : first + batch]
-
-            def progress(i: int, _: int, first: int = first, size: int = len(chunk)) -> None:
-                if callback is not None:
-                    callback(first * int(resolved["steps"]) + i * size, total)
-
-            if number in finished:
-                progress(int(resolved["steps"]), 0)
-            else:
-                begun, images, tally = time.monotonic(), counted.images, counter.tally[0]
-                index = torch.tensor([z for z, _ in chunk], device=device)
-                noise = Noise([(seed, places[z], k) for z, k in chunk], shape, device)
-                problem = Problem(counted, inner.take(index), noise, progress, offset, scale)
-                x = offset + scale * chosen.run(problem, **resolved)
-                finished[number] = Batch(
-                    (x if embedding is None else embedding.take(index)(x)).cpu(),
-                    counted.images - images,
-                    counter.tally[0] - tally,
-                    time.monotonic() - begun,
-                )
-            results.append(finished[number])
-        draws = torch.cat([part.samples for part in results]).unflatten(0, (n, samples))
-        mean = draws.mean(dim=1)
-        spread = draws - mean[:, None]
-        std = spread.abs().square().sum(dim=1).div(max(samples - 1, 1)).sqrt()
-        chi2 = target.chi2(mean.to(device)).cpu()
-    return Reconstruction(
-        mean=mean,
-        std=std,
-        samples=draws,
-        residual_chi2=chi2,
-        status=_status(chi2, notes),
-        nfe=sum(part.images for part in results) // len(pairs),
-        operator_calls=sum(part.operator_calls for part in results) // len(results),
+    plan = Plan(
+        measurement,
+        prior,
+        method=method,
+        steps=steps,
+        samples=samples,
         seed=seed,
-        seconds=sum(part.seconds for part in results),
-        settings={
+        batch=batch,
+        device=device,
+        phase=phase,
+        options=options,
+        positions=positions,
+        coupling=coupling,
+        z_mm=z_mm,
+    )
+    if max_memory is not None:
+        plan.fit(max_memory)
+    finished: MutableMapping[int, Batch] = {} if saved is None else saved
+    plan.run(finished, callback=callback)
+    return plan.result(finished)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One batch: (slice, sample) pairs that are computed together, and those that are kept."""
+
+    pairs: Sequence[tuple[int, int]]
+    kept: range
+
+    @property
+    def results(self) -> list[tuple[int, int]]:
+        """Pairs of its finished samples."""
+        return [self.pairs[i] for i in self.kept]
+
+
+class Plan:
+    """What :func:`reconstruct` does, cut into parts that any process can compute.
+
+    Parts depend on the arguments alone, and a part's bits on nothing but its number and
+    :attr:`limit`: processes that share a ``saved`` mapping on disk divide the parts among them,
+    and whichever merges them gets the bits of one process.
+
+    Args:
+        measurement: see :func:`reconstruct`, also for all others.
+        prior: a denoiser of the same modality.
+        method: a name of :data:`inverse.posterior.METHODS`.
+        steps: sampler steps.
+        samples: samples a slice.
+        seed: seed.
+        batch: images of a part; with a windowed coupling a part is a window instead.
+        device: where to compute.
+        phase: how a prior of real images serves complex ones.
+        options: further options of the method.
+        positions: index of each slice in its series.
+        coupling: how neighbouring slices are made consistent.
+        z_mm: position of each slice along z in mm.
+
+    Attributes:
+        parts: what to compute.
+        limit: most images a network call; :meth:`fit` lowers it, as does running out of memory.
+        settings: resolved settings, plain JSON values.
+        notes: sentences for the user.
+    """
+
+    def __init__(
+        self,
+        measurement: Measurement,
+        prior: Denoiser,
+        *,
+        method: str = "pnp_admm",
+        steps: int | None = None,
+        samples: int = 1,
+        seed: int = 0,
+        batch: int | None = None,
+        device: str | torch.device | None = None,
+        phase: Literal["estimated", "zero"] = "estimated",
+        options: Mapping[str, Any] | None = None,
+        positions: Sequence[int] | None = None,
+        coupling: CouplingKind | Coupling = "none",
+        z_mm: Sequence[float] | None = None,
+    ) -> None:
+        if method not in METHODS:
+            raise ReconError(f"no method '{method}'; there are {', '.join(METHODS)}")
+        if samples < 1 or (batch is not None and batch < 1):
+            raise ReconError(f"samples and batch must be at least 1, got {samples} and {batch}")
+        if phase not in ("estimated", "zero"):
+            raise ReconError(f"phase must be 'estimated' or 'zero', got {phase!r}")
+        n = len(measurement)
+        self.method, self.samples, self.seed = METHODS[method], samples, seed
+        self.places = range(n) if positions is None else positions
+        if len(self.places) != n:
+            raise ReconError(f"positions must number the {n} slices, got {len(self.places)}")
+        given = dict(options or {})
+        if steps is not None:
+            given["steps"] = steps
+        self.options = self.method.resolve(given, measurement.modality)
+        self.coupling = Coupling(coupling) if isinstance(coupling, str) else coupling
+        self.device = measurement.data.device if device is None else torch.device(device)
+        self.target = measurement.to(self.device)
+        if self.device != measurement.data.device:
+            prior = copy.deepcopy(prior).to(self.device)  # the caller's prior stays where it is
+        volumes = len(measurement.operator.in_shape) == 3
+        prior, self.embedding, self.notes = _adapt(prior, self.target, phase)
+        self.z_mm = self._check_coupling(z_mm, prior, volumes)
+        if samples > 1 and self.method.spread != "posterior":
+            self.notes.append(
+                f"the standard deviation of {method}'s samples is "
+                + (
+                    "no uncertainty"
+                    if self.method.spread == "none"
+                    else "smaller than the posterior's"
+                )
+                + ": for one to believe choose mmps or pnpdm"
+            )
+        self.offset, self.scale = _affine(prior, self.target)
+        operator = self.target.operator
+        self._counter = _CountedOperator(
+            operator if self.embedding is None else operator @ self.embedding
+        )
+        self._inner = replace(self.target, operator=self._counter).rescaled(
+            self.offset, self.scale
+        )
+        self._counter.tally[0] = 0
+        self._counted = CountedDenoiser(prior)
+        self._planes = {p: CountedDenoiser(d) for p, d in (self.coupling.planes or {}).items()}
+        self.limit = 8 if batch is None else batch
+        self._volumes = volumes
+        self.parts = list(self._cut(n, self.limit))
+        self.settings: dict[str, Any] = {
             "method": method,
-            **resolved,
+            **self.options,
             "samples": samples,
-            "batch": batch,
-            "device": str(device),
+            "batch": self.limit,
+            "device": str(self.device),
             "prior": prior.card.name if isinstance(prior, NetworkPrior) else type(prior).__name__,
             "prior_sha256": prior.card.sha256 if isinstance(prior, NetworkPrior) else None,
-            "offset": offset,
-            "scale": scale,
+            "offset": self.offset,
+            "scale": self.scale,
             "phase": phase if _needs_phase(prior, operator) else None,
-            "notes": list(notes),
-        },
-    )
+            **(self.coupling.settings() if self.coupling.kind != "none" else {}),
+        }
+
+    # --- how ---------------------------------------------------------------------------------
+
+    def _check_coupling(
+        self, z_mm: Sequence[float] | None, prior: Denoiser, volumes: bool
+    ) -> list[float]:
+        """Positions along z in mm; refuses what cannot be coupled."""
+        kind = self.coupling.kind
+        pixel = float(self.target.pixel_mm[0])
+        count = self.target.operator.in_shape[0] if volumes else len(self.target)
+        places = range(count) if volumes else self.places
+        z = [pixel * k for k in places] if z_mm is None else [float(v) for v in z_mm]
+        if len(z) != count:
+            raise ReconError(f"z_mm must number the {count} slices, got {len(z)}")
+        if kind == "none":
+            return z
+        check_positions(z)
+        if kind == "tv" and self.method.jacobian:
+            raise UnsupportedError(
+                "coupling 'tv' has no gradient that a method through the network could use; "
+                "choose coupling 'noise', or a method without one ('recon methods')"
+            )
+        if kind == "noise" and volumes:
+            raise UnsupportedError(
+                "coupling 'noise' serves slices that are measured one by one; for a volume that "
+                "is measured as a whole choose 'tv'"
+            )
+        if count == 1:
+            self.notes.append("one slice: there is nothing to couple it to")
+        elif z_mm is None:
+            self.notes.append(
+                "positions of slices are not known: coupled as if they were a pixel apart"
+            )
+        if kind == "planes":
+            given = dict(self.coupling.planes or {})
+            for plane, other in given.items():
+                if isinstance(other, NetworkPrior) and isinstance(prior, NetworkPrior):
+                    given[plane] = _of_plane(plane, other, prior, z)
+            if self.device.type != "cpu":
+                given = {p: copy.deepcopy(d).to(self.device) for p, d in given.items()}
+            if len(given) == 1:
+                self.notes.append(f"coupling by axial and {next(iter(given))} priors only")
+            self.coupling = replace(self.coupling, planes=given)
+        return z
+
+    def _cut(self, n: int, batch: int) -> Iterator[_Part]:
+        """Parts: windows of slices a sample where neighbours are needed, else any few images."""
+        if self.coupling.windowed and not self._volumes:
+            for window in self.coupling.cut(n):
+                first = window.kept.start - window.slices.start
+                kept = range(first, first + len(window.kept))
+                for k in range(self.samples):
+                    yield _Part([(z, k) for z in window.slices], kept)
+            return
+        pairs = [(z, k) for z in range(n) for k in range(self.samples)]
+        size = 1 if self.coupling.windowed else batch
+        for first in range(0, len(pairs), size):
+            chosen = pairs[first : first + size]
+            yield _Part(chosen, range(len(chosen)))
+
+    def _noise(self, pairs: Sequence[tuple[int, int]]) -> Noise:
+        """Randomness of some samples, by seed and position only."""
+        shape = self._counter.in_shape
+        if self.coupling.kind == "noise":
+            places = [(self.z_mm[z], k) for z, k in pairs]
+            length = self.coupling.length_mm
+            return CorrelatedNoise(self.seed, places, shape, self.device, length_mm=length)
+        return Noise([(self.seed, self.places[z], k) for z, k in pairs], shape, self.device)
+
+    def _prior(self, pairs: Sequence[tuple[int, int]]) -> Denoiser:
+        """The prior of some samples, in network calls of at most ``limit`` images."""
+        chunked = InChunks(self._counted, self.limit)
+        planes = {plane: InChunks(d, self.limit) for plane, d in self._planes.items()}
+        coupling = replace(self.coupling, planes=planes)
+        if self._volumes:
+            return SliceBySlice(coupling.around(chunked, self.z_mm))
+        return coupling.around(chunked, [self.z_mm[z] for z, _ in pairs])
+
+    def _images(self) -> int:
+        """Images that networks were given so far."""
+        return sum(counted.images for counted in (self._counted, *self._planes.values()))
+
+    def _sample(
+        self,
+        pairs: Sequence[tuple[int, int]],
+        options: Mapping[str, Any],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Samples of some pairs together, physical units, on the CPU."""
+        index = torch.tensor([z for z, _ in pairs], device=self.device)
+        problem = Problem(
+            self._prior(pairs),
+            self._inner.take(index),
+            self._noise(pairs),
+            progress,
+            self.offset,
+            self.scale,
+        )
+        x = self.offset + self.scale * self.method.run(problem, **options)
+        return (x if self.embedding is None else self.embedding.take(index)(x)).cpu()
+
+    # --- computing ---------------------------------------------------------------------------
+
+    def compute(self, number: int, progress: Callable[[int], None] | None = None) -> Batch:
+        """One part; in smaller groups of images when memory runs out.
+
+        Args:
+            number: which.
+            progress: called with the network steps done.
+
+        Raises:
+            ResourceError: memory runs out with one image at a time.
+            NumericalError: if sampling diverges.
+        """
+        while True:
+            try:
+                with torch.inference_mode():
+                    return self._compute(self.parts[number], progress)
+            except (MemoryError, RuntimeError) as error:
+                if not is_exhausted(error):
+                    raise
+                if self.limit == 1:
+                    shape = " x ".join(map(str, self._counter.in_shape))
+                    raise ResourceError(
+                        f"out of memory with one image of {shape} at a time; use a machine with "
+                        "more, a method without the network's gradient, or a smaller image"
+                    ) from None
+            # here, where the traceback no longer holds what the failed attempt had allocated
+            self.limit = max(1, self.limit // 2)
+            _log.warning("out of memory; going on with %d images at a time", self.limit)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _compute(self, part: _Part, progress: Callable[[int], None] | None) -> Batch:
+        begun, images = time.monotonic(), self._images()
+        together = self.coupling.windowed
+        size = len(part.pairs) if together else min(self.limit, len(part.pairs))
+        done, calls, results = 0, 0, []
+        for first in range(0, len(part.pairs), size):
+            pairs = part.pairs[first : first + size]
+            tally = self._counter.tally[0]
+
+            def step(i: int, _: int, done: int = done, count: int = len(pairs)) -> None:
+                if progress is not None:
+                    progress(done + i * count)
+
+            results.append(self._sample(pairs, self.options, step))
+            done += int(self.options["steps"]) * len(pairs)
+            calls = max(calls, self._counter.tally[0] - tally)
+        return Batch(
+            torch.cat(results)[part.kept.start : part.kept.stop],
+            self._images() - images,
+            calls,
+            time.monotonic() - begun,
+        )
+
+    def fit(self, max_bytes: int) -> int:
+        """Choose :attr:`limit` by a model of memory, measured by two short runs of the method.
+
+        Memory is taken as linear in the images of a network call: what the process holds, and a
+        slope that counts network, operator and method alike.
+
+        Args:
+            max_bytes: memory within which to stay.
+
+        Returns:
+            The limit.
+
+        Raises:
+            ResourceError: one image at a time needs more.
+        """
+        most = self.limit
+        brief = {**self.options, "steps": min(2, int(self.options["steps"]))}
+        pairs = self.parts[0].pairs if self.coupling.windowed else self.parts[0].pairs[:4]
+        many = self.coupling.windowed or self._volumes  # one window or volume holds many images
+        several = min(4, most) if many else min(most, len(pairs))
+
+        def peak(count: int) -> int:
+            self.limit = count
+            chosen = pairs if self.coupling.windowed else pairs[: 1 if self._volumes else count]
+            with torch.inference_mode():
+                return peak_bytes(lambda: self._sample(chosen, brief), self.device)
+
+        one = peak(1)
+        each = max(peak(several) - one, 0) / (several - 1) if several > 1 else 0.0
+        if one > max_bytes:
+            raise ResourceError(
+                f"one image at a time needs {one / 2**20:.0f} MiB, of which the limit allows "
+                f"{max_bytes / 2**20:.0f} MiB; raise --max-memory or use a smaller image"
+            )
+        self.limit = most if each == 0 else min(most, 1 + int((max_bytes - one) / each))
+        _log.info(
+            "memory: %.0f MiB and %.1f MiB an image; %d images a network call",
+            (one - each) / 2**20, each / 2**20, self.limit,
+        )  # fmt: skip
+        return self.limit
+
+    def run(
+        self,
+        saved: MutableMapping[int, Batch],
+        *,
+        claim: Callable[[int], bool] = lambda number: True,
+        callback: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Compute the parts that ``saved`` lacks and put them into it.
+
+        Args:
+            saved: finished parts by number.
+            claim: whether to compute a part, or leave it to another process.
+            callback: progress, called as ``callback(done, total)`` in network steps.
+        """
+        steps = int(self.options["steps"])
+        total, before = steps * sum(len(part.pairs) for part in self.parts), 0
+        for number, part in enumerate(self.parts):
+
+            def progress(done: int, before: int = before) -> None:
+                if callback is not None:
+                    callback(before + done, total)
+
+            if number in saved:
+                progress(steps * len(part.pairs))
+            elif claim(number):
+                saved[number] = self.compute(number, progress)
+            before += steps * len(part.pairs)
+
+    def draws(self, saved: Mapping[int, Batch]) -> Iterator[tuple[int, Tensor]]:
+        """Number of each slice and its samples ``(samples, *in_shape)``, as parts complete them.
+
+        Args:
+            saved: all parts by number; one is read at a time.
+        """
+        waiting: dict[int, dict[int, Tensor]] = {}
+        for number, part in enumerate(self.parts):
+            for (z, i), x in zip(part.results, saved[number].samples, strict=True):
+                waiting.setdefault(z, {})[i] = x
+                if len(waiting[z]) == self.samples:
+                    found = waiting.pop(z)
+                    yield z, torch.stack([found[i] for i in range(self.samples)])
+
+    def result(self, saved: Mapping[int, Batch], *, keep_samples: bool = True) -> Reconstruction:
+        """Merge finished parts, one at a time.
+
+        Args:
+            saved: all parts by number.
+            keep_samples: without them ``samples`` of the result is empty, so that memory does not
+                grow with their number.
+        """
+        n, k = len(self.target), self.samples
+        shape, dtype = self.target.operator.in_shape, self.target.operator.dtype
+        samples = torch.empty((n, k if keep_samples else 0, *shape), dtype=dtype)
+        mean = torch.empty((n, *shape), dtype=dtype)
+        std = torch.from_numpy(np.zeros((n, *shape), np.float32))  # no memory until written
+        images = calls = 0
+        seconds = 0.0
+        with torch.inference_mode():
+            for number in range(len(self.parts)):
+                batch = saved[number]
+                images, calls = images + batch.images, calls + batch.operator_calls
+                seconds += batch.seconds
+            for z, draws in self.draws(saved):
+                mean[z] = draws.mean(dim=0)
+                if k > 1:
+                    square = (draws - mean[z]).abs().square().sum(dim=0)
+                    std[z] = square.div(k - 1).sqrt()
+                if keep_samples:
+                    samples[z] = draws
+            chi2 = torch.cat(
+                [
+                    self.target.take(index).chi2(mean[index.cpu()].to(self.device)).cpu()
+                    for index in torch.arange(n, device=self.device).split(_CHECKED)
+                ]
+            )
+        return Reconstruction(
+            mean=mean,
+            std=std,
+            samples=samples,
+            residual_chi2=chi2,
+            status=_status(chi2, self.notes),
+            nfe=images // (n * k),
+            operator_calls=calls // len(self.parts),
+            seed=self.seed,
+            seconds=seconds,
+            settings={**self.settings, "notes": list(self.notes)},
+        )
+
+
+def _of_plane(
+    plane: str, prior: NetworkPrior, axial: NetworkPrior, z_mm: Sequence[float]
+) -> NetworkPrior:
+    """A prior of another plane at the pixel size of the axial one, which voxels must share.
+
+    Raises:
+        CheckpointError: a prior of another modality, unit or number of channels.
+        UnsupportedError: voxels that are not cubes to 5 %.
+    """
+    card, other = axial.card, prior.card
+    same = ("modality", "unit", "offset", "scale")
+    if any(getattr(card, f) != getattr(other, f) for f in same) or (
+        prior.net.config.channels != axial.net.config.channels
+    ):
+        raise CheckpointError(
+            f"the {plane} prior '{other.name}' differs from the axial '{card.name}' in modality, "
+            "units or channels; planes need priors of one kind"
+        )
+    if other.orientation not in ("", plane):
+        raise CheckpointError(
+            f"prior '{other.name}' is of {other.orientation} images, and was given for {plane} "
+            "ones; give one of that plane"
+        )
+    gaps = np.abs(np.diff(z_mm))
+    if len(gaps) and np.abs(gaps / axial.pixel_mm - 1).max() > 0.05:
+        raise UnsupportedError(
+            f"coupling 'planes' needs cubic voxels, got slices {gaps.min():.3g} to "
+            f"{gaps.max():.3g} mm apart and pixels of {axial.pixel_mm:.3g} mm; resample the "
+            "series, or choose coupling 'tv'"
+        )
+    return prior.at(pixel_mm=axial.pixel_mm, sde=axial.sde)
 
 
 def _adapt(
@@ -236,8 +629,9 @@ def _adapt(
         pixel = float(np.mean(measurement.pixel_mm))
         low, high = card.pixel_mm_range
         factor = next((k for k in (2, 3, 4) if low <= 1.05 * k * pixel), 1)
-        if pixel < 0.95 * low and all(side % factor == 0 for side in sides):
-            sides = tuple(side // factor for side in sides)
+        plane = sides[-2:]  # the slices of a volume keep their distance
+        if pixel < 0.95 * low and all(side % factor == 0 for side in plane):
+            sides = (*sides[:-2], *(side // factor for side in plane))
             embedding = Upsample(sides, factor, operator.dtype)
             notes.append(
                 f"pixels of {pixel:.3g} mm are finer than the prior's {low:.3g} to {high:.3g} mm: "
@@ -251,6 +645,11 @@ def _adapt(
             )
         prior = prior.at(pixel_mm=pixel)
     if operator.dtype.is_complex:
+        if channels == 2 and len(sides) == 3:
+            raise UnsupportedError(
+                "a prior of complex slices cannot serve a complex volume measured as a whole; "
+                "choose a prior of one channel"
+            )
         split = ComplexFromChannels(sides) if channels == 2 else ComplexFromReal(sides)
         embedding = split if embedding is None else embedding @ split
         if _needs_phase(prior, operator) and phase == "estimated":
@@ -275,7 +674,10 @@ def _affine(prior: Denoiser, measurement: Measurement) -> tuple[float, float]:
         offset = mu * (1 + prior.offset / 1000.0)
         return offset, mu * prior.scale / 1000.0
     if prior.unit == "relative":
-        magnitude = measurement.operator.adjoint(measurement.data).abs()
+        # thick slices have the image's intensity, their adjoint that over the thickness
+        thick = isinstance(measurement.operator, ThickSlices)
+        data = measurement.data
+        magnitude = (data if thick else measurement.operator.adjoint(data)).abs()
         top = float(np.percentile(magnitude.cpu().numpy(), 99.5))
         return prior.offset * top, prior.scale * top
     return prior.offset, prior.scale

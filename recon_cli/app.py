@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from recon_cli import (
+    benchmark,
     convert,
     demo,
     doctor,
     inspect,
     likelihood,
     methods,
+    phantom,
     priors,
     reconstruct,
     runlog,
@@ -32,7 +34,7 @@ app = typer.Typer(
     "DICOM. Research use only; not a medical device.",
     epilog="Start with [bold]recon demo -o demo-out[/bold]. Exit codes: 0 ok, 1 internal, "
     "2 usage, 3 no input, 4 invalid input, 5 unsupported, 6 output, 7 resources, "
-    "9 numerical, 10 prior refused.",
+    "8 part of a batch failed, 9 numerical, 10 prior refused.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -62,8 +64,8 @@ def _root(
 
 
 for module in (
-    demo, inspect, convert, simulate, reconstruct, study, tune, report, train, sample, likelihood,
-    priors, methods, doctor,
+    demo, phantom, inspect, convert, simulate, reconstruct, study, tune, report, train, sample,
+    likelihood, priors, methods, benchmark, doctor,
 ):  # fmt: skip
     module.register(app)
 

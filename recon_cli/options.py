@@ -20,7 +20,7 @@ from recon_cli.errors import usage
 if TYPE_CHECKING:
     from inverse.sampling import Named
 
-__all__ = ["command", "parse_pairs", "parse_slices", "parse_value", "read_options"]
+__all__ = ["command", "companions", "parse_pairs", "parse_slices", "parse_value", "read_options"]
 
 _SCAN, _RECON, _OUT = "Measurement", "Reconstruction", "Input and output"
 
@@ -29,7 +29,11 @@ DEFAULT_METHOD = "pnp_admm"
 
 Input = Annotated[
     Path,
-    typer.Argument(metavar="IN", help="DICOM folder, file or zip archive.", show_default=False),
+    typer.Argument(
+        metavar="IN",
+        help="DICOM folder, file or zip archive, or NIfTI file.",
+        show_default=False,
+    ),
 ]
 Out = Annotated[
     Path,
@@ -58,6 +62,30 @@ Resume = Annotated[
     typer.Option(
         "--resume",
         help="Continue a run that was cut short, and keep finished pieces if this one is.",
+        rich_help_panel=_OUT,
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Read and check everything, tell what would be written, and write nothing.",
+        rich_help_panel=_OUT,
+    ),
+]
+Pdf = Annotated[
+    bool,
+    typer.Option(
+        "--pdf",
+        help="Write the report also as PDF, and as a DICOM object of the study.",
+        rich_help_panel=_OUT,
+    ),
+]
+ParametricMap = Annotated[
+    bool,
+    typer.Option(
+        "--parametric-map",
+        help="Write the std map also as DICOM Parametric Map with exact values (extra 'maps').",
         rich_help_panel=_OUT,
     ),
 ]
@@ -96,9 +124,11 @@ Views = Annotated[
     int, typer.Option("--views", min=1, help="Number of views.", rich_help_panel=_SCAN)
 ]
 GeometryName = Annotated[
-    Literal["parallel", "fan", "fan-curved"],
+    Literal["parallel", "fan", "fan-curved", "cone"],
     typer.Option(
-        "--geometry", help="Beam, and whether its detector is curved.", rich_help_panel=_SCAN
+        "--geometry",
+        help="Beam, and whether its detector is curved; a cone beam measures all slices together.",
+        rich_help_panel=_SCAN,
     ),
 ]
 Arc = Annotated[
@@ -161,6 +191,38 @@ Metal = Annotated[
         max=8,
         help="Titanium rods of 10 mm to put into the images; rays through them are left out.",
         rich_help_panel=_SCAN,
+    ),
+]
+MetalTraceName = Annotated[
+    Literal["true", "segmented", "none"],
+    typer.Option(
+        "--metal-trace",
+        help="Rays that are left out: through the true rods, through what a filtered "
+        "backprojection of the scan shows above 3000 HU, or none.",
+        rich_help_panel=_SCAN,
+    ),
+]
+MetalThreshold = Annotated[
+    float | None,
+    typer.Option(
+        "--metal-threshold",
+        metavar="HU",
+        min=500.0,
+        help="CT: leave out the rays through what a filtered backprojection shows above this "
+        "(such as 3000), and fill them by the prior.",
+        show_default="keep all rays",
+        rich_help_panel=_RECON,
+    ),
+]
+BaselineNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--baseline",
+        metavar="NAME",
+        help="A further classical image: cgls, sirt, os-sart, poisson (penalised likelihood of "
+        "photon counts) or tv; repeat for more.",
+        show_default=False,
+        rich_help_panel=_RECON,
     ),
 ]
 Photons = Annotated[
@@ -245,6 +307,47 @@ Hole = Annotated[
         rich_help_panel=_SCAN,
     ),
 ]
+VolumeScan = Annotated[
+    bool,
+    typer.Option(
+        "--volume",
+        help="One 3-D scan of all slices, phase encoded along slices and rows; needs a --mask of "
+        "two directions.",
+        rich_help_panel=_SCAN,
+    ),
+]
+Missing = Annotated[
+    str | None,
+    typer.Option(
+        "--missing",
+        metavar="START:STOP:STEP",
+        help="Slices that are not measured, counted from 0 among those chosen.",
+        show_default=False,
+        rich_help_panel=_SCAN,
+    ),
+]
+Thickness = Annotated[
+    int | None,
+    typer.Option(
+        "--thickness",
+        metavar="SLICES",
+        min=2,
+        help="Slices of the images that a thick one averages.",
+        show_default=False,
+        rich_help_panel=_SCAN,
+    ),
+]
+SliceStep = Annotated[
+    int | None,
+    typer.Option(
+        "--slice-step",
+        metavar="SLICES",
+        min=1,
+        help="Slices from one thick slice to the next.",
+        show_default="the thickness",
+        rich_help_panel=_SCAN,
+    ),
+]
 HoleKind = Annotated[
     Literal["square", "pixels"],
     typer.Option("--hole-kind", help="What is missing.", rich_help_panel=_SCAN),
@@ -308,6 +411,36 @@ Device = Annotated[
         "--device", metavar="auto|cpu|cuda", help="Where to compute.", rich_help_panel=_RECON
     ),
 ]
+CouplingName = Annotated[
+    Literal["none", "noise", "tv", "planes"],
+    typer.Option(
+        "--coupling",
+        help="How neighbouring slices are made consistent: by noise that they share, total "
+        "variation along z, or priors of three planes in turn.",
+        rich_help_panel=_RECON,
+    ),
+]
+PlanePrior = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plane-prior",
+        metavar="PLANE=NAME|FILE",
+        help="Prior of coronal or sagittal images for --coupling planes; repeat for both.",
+        show_default=False,
+        rich_help_panel=_RECON,
+    ),
+]
+MaxMemory = Annotated[
+    float | None,
+    typer.Option(
+        "--max-memory",
+        metavar="GIB",
+        min=0.01,
+        help="Send fewer images than --batch to the network at a time, where these need more.",
+        show_default=False,
+        rich_help_panel=_RECON,
+    ),
+]
 TvWeight = Annotated[
     float | None,
     typer.Option(
@@ -334,10 +467,19 @@ _SHARED = {
     "verbose": Annotated[bool, typer.Option("--verbose", "-v", help="Print more of the log.")],
     "debug": Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")],
 }
+_INCLUDE_PHI = Annotated[
+    bool,
+    typer.Option(
+        "--include-phi",
+        help="Let JSON and report name the patient, paths and identifiers; without it they do "
+        "not.",
+        rich_help_panel=_OUT,
+    ),
+]
 
 
 def command(
-    app: typer.Typer, name: str, *, examples: str = "", **settings: Any
+    app: typer.Typer, name: str, *, examples: str = "", phi: bool = False, **settings: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a command that also has `_SHARED` options and ``--config``.
 
@@ -345,6 +487,7 @@ def command(
         app: group of the command.
         name: its name.
         examples: command lines for the end of its help, one a line.
+        phi: whether it has ``--include-phi``, which `RunLog.include_phi` tells.
         **settings: passed to ``typer.Typer.command``.
     """
     lines = [line.strip() for line in examples.strip().splitlines()]
@@ -363,6 +506,7 @@ def command(
         ) -> None:
             VERBOSITY.apply(quiet=quiet, verbose=verbose, debug=debug)
             runlog.OPTIONS = resolved(context, given)
+            given.pop("include_phi", None)
             with warnings.catch_warnings():
                 # third-party warnings print values of headers, and nobody can act on them
                 warnings.simplefilter("default" if debug else "ignore")
@@ -378,6 +522,16 @@ def command(
             inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=a)
             for n, a in _SHARED.items()
         ]
+        if phi:
+            hints["include_phi"] = _INCLUDE_PHI
+            parameters.append(
+                inspect.Parameter(
+                    "include_phi",
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=False,
+                    annotation=_INCLUDE_PHI,
+                )
+            )
         parameters += [
             inspect.Parameter(
                 "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Config
@@ -393,8 +547,23 @@ def command(
     return register
 
 
-def parse_pairs(texts: Sequence[str]) -> dict[str, str]:
-    """``NAME=VALUE`` texts of ``--option`` by name.
+def companions(*, pdf: bool, parametric_map: bool) -> tuple[str, ...]:
+    """Names of the files that a run writes on request, checked before it begins.
+
+    Raises:
+        UnsupportedError: a Parametric Map, and the package that makes it is absent.
+    """
+    if parametric_map:
+        from inverse.io.dicom import check_highdicom
+
+        check_highdicom()
+    return ("pdf",) * pdf + ("parametric-map",) * parametric_map
+
+
+def parse_pairs(
+    texts: Sequence[str], option: str = "--option", example: str = "eta=0.5"
+) -> dict[str, str]:
+    """``NAME=VALUE`` texts of an option by name.
 
     Raises:
         typer.BadParameter: not of that form, or a name twice.
@@ -403,9 +572,9 @@ def parse_pairs(texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         name, _, value = (part.strip() for part in text.partition("="))
         if not name or not value:
-            raise usage(f"--option '{text}' is not NAME=VALUE, such as eta=0.5")
+            raise usage(f"{option} '{text}' is not NAME=VALUE, such as {example}")
         if name in pairs:
-            raise usage(f"--option {name} is given twice; give it once")
+            raise usage(f"{option} {name} is given twice; give it once")
         pairs[name] = value
     return pairs
 

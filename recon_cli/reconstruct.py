@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from recon_cli import options as o
+from recon_cli.dryrun import plan_output, tell
 from recon_cli.options import command
-from recon_cli.output import working_folder
 from recon_cli.pipeline import (
     Recipe,
     Task,
+    check_baselines,
     check_method,
+    choose_planes,
     choose_prior,
     execute,
     pick_device,
     show,
 )
+from recon_cli.processes import shared_folder
 from recon_cli.runlog import RunLog, sha256_of
 from recon_cli.scans import Limits, bytes_of
 
 if TYPE_CHECKING:
+    from inverse.io.dicom import PatientFrame
     from inverse.io.measurement_file import MeasurementFile
 
 _Input = Annotated[
@@ -36,56 +40,55 @@ _Input = Annotated[
 ]
 
 
-def _headers(file: MeasurementFile, identity: str) -> list[bytes]:
-    """DICOM headers for data that came without any: no patient, axial slices about the origin."""
-    import numpy as np
+def _place(path: Path, file: MeasurementFile, run: RunLog) -> PatientFrame:
+    """Where the slices lie: as the raw data tell, or axial ones about the origin."""
+    from inverse.errors import InputError
+    from inverse.io.dicom import PatientFrame
 
-    from inverse.io.dicom import TOOLKIT, deterministic_uid, read_series, write_instances
+    count, told = file.measurement.slices, file.measurement.provenance.get("patient_frame")
+    if told is not None:
+        frame = PatientFrame.from_spec(told)
+        if len(frame.positions) != count:
+            raise InputError(
+                f"'{path}' gives {len(frame.positions)} positions in its patient frame for "
+                f"{count} slices; write it again"
+            )
+        where = "in the place that the raw data tell"
+    else:
+        if list(file.z_mm) != sorted(set(file.z_mm)):
+            raise InputError(
+                f"'{path}' gives slice positions that do not ascend; sort the slices by position"
+            )
+        shape, pixel_mm = file.measurement.operator.in_shape, file.measurement.pixel_mm
+        frame = PatientFrame.axial(
+            (shape[-2], shape[-1]), pixel_mm, file.z_mm or [float(k) for k in range(count)]
+        )
+        where = "axial slices about the origin"
+        where += "" if file.z_mm else " and a slice spacing of 1 mm"
+    run.warn(
+        "NO_TEMPLATE",
+        "the measurement carries no DICOM headers; the series are of an unknown patient, with "
+        f"new identifiers, {where}",
+    )
+    return frame
 
-    measurement = file.measurement
-    rows, columns = measurement.operator.in_shape
-    dy, dx = measurement.pixel_mm
-    count = len(measurement)
-    z_mm = file.z_mm or tuple(float(k) for k in range(count))
-    thickness = float(np.median(np.diff(z_mm))) if count > 1 else 1.0
-    ct = measurement.modality == "CT"
-    common: dict[str, Any] = {
-        "SOPClassUID": f"1.2.840.10008.5.1.4.1.1.{2 if ct else 4}",
-        "Modality": measurement.modality,
-        "ImageType": ["DERIVED", "SECONDARY", "AXIAL" if ct else "OTHER"],
-        "StudyInstanceUID": deterministic_uid("raw study", identity),
-        "SeriesInstanceUID": deterministic_uid("raw series", identity),
-        "FrameOfReferenceUID": deterministic_uid("raw frame", identity),
-        "PatientName": "UNKNOWN",
-        "PatientID": f"RAW-{identity[:12]}",
-        "StudyID": "1",
-        "PatientPosition": "HFS",
-        "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
-        "PixelSpacing": [dy, dx],
-        "SliceThickness": abs(thickness) or 1.0,
-        "Manufacturer": TOOLKIT,
-    }
-    if ct:
-        common |= {"RescaleSlope": 1, "RescaleIntercept": -1024, "RescaleType": "HU"}
-    x, y = -(columns - 1) / 2 * dx, -(rows - 1) / 2 * dy
-    headers = [
-        common
-        | {
-            "SOPInstanceUID": deterministic_uid("raw slice", identity, k),
-            "InstanceNumber": k + 1,
-            "ImagePositionPatient": [x, y, z],
-        }
-        for k, z in enumerate(z_mm)
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        pixels = np.zeros((count, rows, columns), np.uint16)
-        write_instances(Path(folder) / "headers", headers, pixels)
-        return list(read_series(Path(folder) / "headers").templates)
+
+def _without_metal(task: Task, threshold: float, run: RunLog) -> Task:
+    """The task without the rays through metal that its own image shows."""
+    from inverse.classical import leave_out_metal
+
+    measurement = leave_out_metal(task.measurement, threshold)
+    if measurement is task.measurement:
+        run.warn("NO_METAL", f"nothing is above {threshold:g} HU, so all rays are used")
+        return task
+    run.settings["measurement"] = dict(measurement.provenance)
+    return replace(task, measurement=measurement, label=f"{task.label} without metal's rays")
 
 
 def _task(path: Path, run: RunLog, max_bytes: int) -> Task:
-    from inverse.errors import InputError
+    from inverse.io.dicom import blank_templates
     from inverse.io.measurement_file import read_measurement
+    from inverse.trust import plane
 
     with run.phase("read"):
         file = read_measurement(path, max_bytes=max_bytes)
@@ -94,18 +97,17 @@ def _task(path: Path, run: RunLog, max_bytes: int) -> Task:
     run.settings["measurement"] = provenance
     templates = list(file.template)
     if not templates:
-        if list(file.z_mm) != sorted(set(file.z_mm)):
-            raise InputError(
-                f"'{path}' gives slice positions that do not ascend; sort the slices by position"
+        shape, identity = file.measurement.operator.in_shape, run.inputs["measurement"]["sha256"]
+        templates = list(
+            blank_templates(
+                file.measurement.modality,
+                (shape[-2], shape[-1]),
+                file.measurement.pixel_mm,
+                _place(path, file, run),
+                str(identity),
             )
-        templates = _headers(file, str(run.inputs["measurement"]["sha256"]))
-        run.warn(
-            "NO_TEMPLATE",
-            "the measurement carries no DICOM headers; the series are of an unknown patient, with "
-            "new identifiers, axial slices about the origin"
-            + ("" if file.z_mm else " and a slice spacing of 1 mm"),
         )
-    count = len(file.measurement)
+    count = file.measurement.slices
     slices = provenance.get("slices")
     if not isinstance(slices, list) or [type(k) for k in slices] != [int] * count:
         slices = list(range(count))
@@ -116,6 +118,8 @@ def _task(path: Path, run: RunLog, max_bytes: int) -> Task:
         label=str(provenance.get("label") or f"{file.measurement.modality} reconstruction"),
         simulated="simulation" in provenance,
         slices=slices,
+        z_mm=file.z_mm,
+        plane=plane((provenance.get("patient_frame") or {}).get("orientation")),
     )
 
 
@@ -125,9 +129,11 @@ def register(app: typer.Typer) -> None:
     @command(
         app,
         "reconstruct",
+        phi=True,
         examples="""
         recon reconstruct scan.h5 -o out
         recon reconstruct scan.h5 -o out --samples 8 --seed 1
+        recon reconstruct scan.h5 -o out --baseline poisson --metal-threshold 3000
         recon reconstruct scan.h5 -o out --samples 8 --seed 1 --resume
         """,
     )
@@ -137,23 +143,36 @@ def register(app: typer.Typer) -> None:
         prior: o.PriorName = None,
         method: o.MethodName = o.DEFAULT_METHOD,
         option: o.MethodOption = None,
+        baseline: o.BaselineNames = None,
+        metal_threshold: o.MetalThreshold = None,
         steps: o.Steps = None,
         samples: o.Samples = 1,
         batch: o.Batch = 8,
+        coupling: o.CouplingName = "none",
+        plane_prior: o.PlanePrior = None,
+        max_memory: o.MaxMemory = None,
         device: o.Device = "auto",
         seed: o.Seed = 0,
         limits: Limits = 4.0,
+        pdf: o.Pdf = False,
+        parametric_map: o.ParametricMap = False,
         resume: o.Resume = False,
         overwrite: o.Overwrite = False,
+        dry_run: o.DryRun = False,
         as_json: o.Json = False,
     ) -> None:
         """Reconstruct a measurement file, beside its direct classical image."""
-        chosen = check_method(method)
+        chosen, baselines = check_method(method), check_baselines(baseline)
         options = o.read_options(chosen, option or [])
+        also = o.companions(pdf=pdf, parametric_map=parametric_map)
         run = RunLog("reconstruct", {path: "MEAS", out: "OUT"})
-        with working_folder(out, overwrite=overwrite, inputs=[path], resume=resume) as work:
+        with shared_folder(
+            out, overwrite=overwrite, inputs=[path], resume=resume, dry=dry_run
+        ) as work:
             device = pick_device(device)
             task = _task(path, run, bytes_of(limits))
+            if metal_threshold is not None:
+                task = _without_metal(task, metal_threshold, run)
             recipe = Recipe(
                 prior=choose_prior(prior, task.measurement.modality),
                 method=method,
@@ -164,6 +183,15 @@ def register(app: typer.Typer) -> None:
                 device=device,
                 options=options,
                 tv=False,
+                baselines=baselines,
+                coupling=coupling,
+                planes=choose_planes(coupling, plane_prior or [], task.measurement.modality),
+                max_memory=max_memory,
+                also=also,
             )
-            metrics = execute(task, recipe, work.folder, run, work.saved)
-        show(out, task, metrics, run, as_json)
+            if dry_run:
+                tell(plan_output(out, task, recipe, task.slices, run), as_json)
+                return
+            metrics = execute(task, recipe, work.folder, run, work.saved, work.processes)
+        if work.processes.first:
+            show(out, task, metrics, run, as_json)

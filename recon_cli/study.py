@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
+from recon_cli import jobs
 from recon_cli import options as o
+from recon_cli.dryrun import plan_output, tell
 from recon_cli.options import command
-from recon_cli.output import working_folder
 from recon_cli.pipeline import (
     Recipe,
+    check_baselines,
     check_method,
+    choose_planes,
     choose_prior,
     execute,
     pick_device,
     show,
 )
+from recon_cli.processes import shared_folder
 from recon_cli.runlog import RunLog
 from recon_cli.scans import (
     CtScan,
@@ -25,9 +30,13 @@ from recon_cli.scans import (
     MriScan,
     Scan,
     Selection,
+    SliceScan,
     read,
     simulate,
 )
+
+if TYPE_CHECKING:
+    from inverse.posterior.volume import CouplingKind
 
 
 def _study(
@@ -42,17 +51,28 @@ def _study(
     samples: int,
     seed: int,
     batch: int,
+    coupling: CouplingKind,
+    plane_prior: list[str] | None,
+    max_memory: float | None,
     device: str,
     tv: bool,
     tv_weight: float | None,
+    baseline: list[str] | None,
+    pdf: bool,
+    parametric_map: bool,
     resume: bool,
     overwrite: bool,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
-    row = check_method(method)
+    row, baselines = check_method(method), check_baselines(baseline)
     options = o.read_options(row, option or [])
+    also = o.companions(pdf=pdf, parametric_map=parametric_map)
     run = RunLog(f"study {scan.command}", {selection.path: "IN", out: "OUT"})
-    with working_folder(out, overwrite=overwrite, inputs=[selection.path], resume=resume) as work:
+    inputs = [selection.path]
+    with shared_folder(
+        out, overwrite=overwrite, inputs=inputs, resume=resume, dry=dry_run
+    ) as work:
         device = pick_device(device)
         images, chosen = read(selection, scan.command, run)
         recipe = Recipe(
@@ -66,11 +86,22 @@ def _study(
             options=options,
             tv=tv,
             tv_weight=tv_weight,
+            baselines=baselines,
+            coupling=coupling,
+            planes=choose_planes(coupling, plane_prior or [], images.modality),
+            max_memory=max_memory,
+            also=also,
         )
+        if dry_run:
+            # one slice tells what the scan makes of all of them, but where it measures volumes
+            task = simulate(scan, images, chosen if scan.volume else chosen[:1], seed, run)
+            tell(plan_output(out, task, recipe, chosen, run, images=images), as_json)
+            return
         task = simulate(scan, images, chosen, seed, run)
         del images  # the whole series; the task holds what is needed
-        metrics = execute(task, recipe, work.folder, run, work.saved)
-    show(out, task, metrics, run, as_json)
+        metrics = execute(task, recipe, work.folder, run, work.saved, work.processes)
+    if work.processes.first:
+        show(out, task, metrics, run, as_json)
 
 
 def register(app: typer.Typer) -> None:
@@ -82,11 +113,14 @@ def register(app: typer.Typer) -> None:
         no_args_is_help=True,
     )
     app.add_typer(group, name="study")
+    jobs.register(group)
 
     @command(
         group,
         "ct",
+        phi=True,
         examples="""
+        recon study ct CT_FOLDER -o out --views 23 --dry-run
         recon study ct CT_FOLDER -o out --views 23
         recon study ct CT_FOLDER -o out --views 60 --arc 120 --slices 10:50:4
         recon study ct CT_FOLDER -o out --geometry fan --views 64 --photons 2e4 --samples 8
@@ -106,6 +140,7 @@ def register(app: typer.Typer) -> None:
         electronic_noise: o.ElectronicNoise = 0.0,
         kvp: o.Kvp = None,
         metal: o.Metal = 0,
+        metal_trace: o.MetalTraceName = "true",
         matrix: o.Matrix = None,
         prior: o.PriorName = None,
         method: o.MethodName = o.DEFAULT_METHOD,
@@ -113,16 +148,23 @@ def register(app: typer.Typer) -> None:
         steps: o.Steps = None,
         samples: o.Samples = 1,
         batch: o.Batch = 8,
+        coupling: o.CouplingName = "none",
+        plane_prior: o.PlanePrior = None,
+        max_memory: o.MaxMemory = None,
         device: o.Device = "auto",
         tv: o.Tv = True,
         tv_weight: o.TvWeight = None,
+        baseline: o.BaselineNames = None,
         seed: o.Seed = 0,
         slices: o.Slices = None,
         series: o.SeriesName = None,
         stack: o.StackName = None,
         limits: Limits = 4.0,
+        pdf: o.Pdf = False,
+        parametric_map: o.ParametricMap = False,
         resume: o.Resume = False,
         overwrite: o.Overwrite = False,
+        dry_run: o.DryRun = False,
         as_json: o.Json = False,
     ) -> None:
         """Sparse-view, limited-angle, truncated or low-dose CT, with metal or without."""
@@ -138,6 +180,7 @@ def register(app: typer.Typer) -> None:
                 kvp,
                 metal,
                 matrix,
+                metal_trace,
             ),
             Selection(path, series, stack, slices, limits),
             out,
@@ -148,17 +191,25 @@ def register(app: typer.Typer) -> None:
             samples=samples,
             seed=seed,
             batch=batch,
+            coupling=coupling,
+            plane_prior=plane_prior,
+            max_memory=max_memory,
             device=device,
             tv=tv,
             tv_weight=tv_weight,
+            baseline=baseline,
+            pdf=pdf,
+            parametric_map=parametric_map,
             resume=resume,
             overwrite=overwrite,
+            dry_run=dry_run,
             as_json=as_json,
         )
 
     @command(
         group,
         "mri",
+        phi=True,
         examples="recon study mri MR_FOLDER -o out --acceleration 4 --prior mr.safetensors",
     )
     def mri(
@@ -170,27 +221,35 @@ def register(app: typer.Typer) -> None:
         trajectory: o.TrajectoryName = "cartesian",
         coils: o.Coils = 1,
         noise: o.NoiseLevel = 0.01,
+        volume: o.VolumeScan = False,
         prior: o.PriorName = None,
         method: o.MethodName = o.DEFAULT_METHOD,
         option: o.MethodOption = None,
         steps: o.Steps = None,
         samples: o.Samples = 1,
         batch: o.Batch = 8,
+        coupling: o.CouplingName = "none",
+        plane_prior: o.PlanePrior = None,
+        max_memory: o.MaxMemory = None,
         device: o.Device = "auto",
         tv: o.Tv = True,
         tv_weight: o.TvWeight = None,
+        baseline: o.BaselineNames = None,
         seed: o.Seed = 0,
         slices: o.Slices = None,
         series: o.SeriesName = None,
         stack: o.StackName = None,
         limits: Limits = 4.0,
+        pdf: o.Pdf = False,
+        parametric_map: o.ParametricMap = False,
         resume: o.Resume = False,
         overwrite: o.Overwrite = False,
+        dry_run: o.DryRun = False,
         as_json: o.Json = False,
     ) -> None:
         """Undersampled MRI by one coil or several from an MR series."""
         _study(
-            MriScan(acceleration, mask, centre, trajectory, coils, noise),
+            MriScan(acceleration, mask, centre, trajectory, coils, noise, volume),
             Selection(path, series, stack, slices, limits),
             out,
             prior=prior,
@@ -200,15 +259,27 @@ def register(app: typer.Typer) -> None:
             samples=samples,
             seed=seed,
             batch=batch,
+            coupling=coupling,
+            plane_prior=plane_prior,
+            max_memory=max_memory,
             device=device,
             tv=tv,
             tv_weight=tv_weight,
+            baseline=baseline,
+            pdf=pdf,
+            parametric_map=parametric_map,
             resume=resume,
             overwrite=overwrite,
+            dry_run=dry_run,
             as_json=as_json,
         )
 
-    @command(group, "inpaint", examples="recon study inpaint CT_FOLDER -o out --hole 0.2")
+    @command(
+        group,
+        "inpaint",
+        phi=True,
+        examples="recon study inpaint CT_FOLDER -o out --hole 0.2",
+    )
     def inpaint(
         path: o.Input,
         out: o.Out,
@@ -222,16 +293,23 @@ def register(app: typer.Typer) -> None:
         steps: o.Steps = None,
         samples: o.Samples = 1,
         batch: o.Batch = 8,
+        coupling: o.CouplingName = "none",
+        plane_prior: o.PlanePrior = None,
+        max_memory: o.MaxMemory = None,
         device: o.Device = "auto",
         tv: o.Tv = True,
         tv_weight: o.TvWeight = None,
+        baseline: o.BaselineNames = None,
         seed: o.Seed = 0,
         slices: o.Slices = None,
         series: o.SeriesName = None,
         stack: o.StackName = None,
         limits: Limits = 4.0,
+        pdf: o.Pdf = False,
+        parametric_map: o.ParametricMap = False,
         resume: o.Resume = False,
         overwrite: o.Overwrite = False,
+        dry_run: o.DryRun = False,
         as_json: o.Json = False,
     ) -> None:
         """Missing pixels of a CT or MR series."""
@@ -246,10 +324,86 @@ def register(app: typer.Typer) -> None:
             samples=samples,
             seed=seed,
             batch=batch,
+            coupling=coupling,
+            plane_prior=plane_prior,
+            max_memory=max_memory,
             device=device,
             tv=tv,
             tv_weight=tv_weight,
+            baseline=baseline,
+            pdf=pdf,
+            parametric_map=parametric_map,
             resume=resume,
             overwrite=overwrite,
+            dry_run=dry_run,
+            as_json=as_json,
+        )
+
+    @command(
+        group,
+        "slices",
+        phi=True,
+        examples="""
+        recon study slices CT_FOLDER -o out --missing 1::2
+        recon study slices MR_FOLDER -o out --thickness 4
+        """,
+    )
+    def slices_(
+        path: o.Input,
+        out: o.Out,
+        missing: o.Missing = None,
+        thickness: o.Thickness = None,
+        slice_step: o.SliceStep = None,
+        noise: o.NoiseLevel = 0.01,
+        matrix: o.Matrix = None,
+        prior: o.PriorName = None,
+        method: o.MethodName = o.DEFAULT_METHOD,
+        option: o.MethodOption = None,
+        steps: o.Steps = None,
+        samples: o.Samples = 1,
+        batch: o.Batch = 8,
+        coupling: o.CouplingName = "none",
+        plane_prior: o.PlanePrior = None,
+        max_memory: o.MaxMemory = None,
+        device: o.Device = "auto",
+        tv: o.Tv = True,
+        tv_weight: o.TvWeight = None,
+        baseline: o.BaselineNames = None,
+        seed: o.Seed = 0,
+        slices: o.Slices = None,
+        series: o.SeriesName = None,
+        stack: o.StackName = None,
+        limits: Limits = 4.0,
+        pdf: o.Pdf = False,
+        parametric_map: o.ParametricMap = False,
+        resume: o.Resume = False,
+        overwrite: o.Overwrite = False,
+        dry_run: o.DryRun = False,
+        as_json: o.Json = False,
+    ) -> None:
+        """Missing or thick slices of a CT or MR series."""
+        _study(
+            SliceScan(missing, thickness, slice_step, noise, matrix),
+            Selection(path, series, stack, slices, limits),
+            out,
+            prior=prior,
+            method=method,
+            option=option,
+            steps=steps,
+            samples=samples,
+            seed=seed,
+            batch=batch,
+            coupling=coupling,
+            plane_prior=plane_prior,
+            max_memory=max_memory,
+            device=device,
+            tv=tv,
+            tv_weight=tv_weight,
+            baseline=baseline,
+            pdf=pdf,
+            parametric_map=parametric_map,
+            resume=resume,
+            overwrite=overwrite,
+            dry_run=dry_run,
             as_json=as_json,
         )

@@ -388,6 +388,14 @@ def register(app: typer.Typer) -> None:
         citation: Annotated[
             str, typer.Option(help="Citation of the data.", rich_help_panel=_CARD)
         ] = "",
+        orientation: Annotated[
+            Literal["", "axial", "coronal", "sagittal"],
+            typer.Option(
+                help="Plane of the images; a reconstruction in another one is then flagged.",
+                show_default="not stated",
+                rich_help_panel=_CARD,
+            ),
+        ] = "",
         limits: Annotated[
             list[str] | None,
             typer.Option(
@@ -479,6 +487,7 @@ def register(app: typer.Typer) -> None:
             training_data=tuple(described),
             training={"argv": _public_argv()},
             limits=tuple(limits or ()),
+            orientation=orientation,
         )
         config = TrainConfig(
             steps=steps,

@@ -18,7 +18,9 @@ ALLOWED = {
     "metrics": {"errors"},
     "priors": {"errors", "sde"},
     "sampling": {"errors", "sde", "priors"},
-    "training": {"errors", "sde", "priors", "io"},
+    "launch": set(),
+    "memory": set(),
+    "training": {"errors", "launch", "sde", "priors", "io"},
     "bridges": {"errors", "sde", "priors", "operators"},
     "operators": {"errors"},
     "measurement": {"errors", "operators"},
@@ -36,6 +38,7 @@ ALLOWED = {
     },
     "reconstruct": {
         "errors",
+        "memory",
         "sde",
         "priors",
         "sampling",

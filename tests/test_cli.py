@@ -52,8 +52,8 @@ def load(path: Path) -> Any:
 def test_study_holds_what_the_design_says(study: Path) -> None:
     names = {p.name for p in study.iterdir()}
     assert names == {
-        "recon", "std", "baseline-fbp", "baseline-tv", "truth", "report.html", "metrics.json",
-        "run.json",
+        "recon", "std", "baseline-fbp", "baseline-tv", "truth", "maps", "report.html",
+        "metrics.json", "run.json",
     }  # fmt: skip
     for name in ("recon", "std", "baseline-fbp", "baseline-tv", "truth"):
         assert len(list((study / name).glob("*.dcm"))) == 2

@@ -515,12 +515,12 @@ def test_cache_is_used_and_survives_damage(
     RayTransform(parallel(5), (N, N), PX, "line")
     assert len(built) == 2
     assert not list(tmp_path.glob("*.tmp"))
-    for path in tmp_path.glob("ray-*.npz"):
+    for path in tmp_path.glob("ray-*.safetensors"):
         path.unlink()
 
     for damage in (lambda b: b[: len(b) // 2], lambda b: b"", _flip_middle):
         RayTransform(parallel(5), (N, N), PX)
-        for path in tmp_path.glob("ray-*.npz"):
+        for path in tmp_path.glob("ray-*.safetensors"):
             path.write_bytes(damage(path.read_bytes()))
         before = len(built)
         with caplog.at_level(logging.WARNING):
@@ -528,6 +528,23 @@ def test_cache_is_used_and_survives_damage(
         assert len(built) == before + 1
         assert "rebuilding" in caplog.text
         assert torch.equal(first(disc()), again(disc()))
+
+
+def test_cached_matrix_is_mapped_so_that_processes_share_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("this system does not tell what a process has mapped")
+    monkeypatch.setenv("RECON_CACHE_DIR", str(tmp_path))
+    built = RayTransform(parallel(7), (N, N), PX)
+    (path,) = tmp_path.glob("ray-*.safetensors")
+    assert path.name not in maps.read_text()
+    mapped = RayTransform(parallel(7), (N, N), PX)
+    assert path.name in maps.read_text()
+    y = built(disc())
+    assert torch.equal(mapped(disc()), y)
+    assert torch.equal(mapped.adjoint(y), built.adjoint(y))
 
 
 def _flip_middle(b: bytes) -> bytes:
@@ -542,15 +559,15 @@ def test_cache_drops_what_was_unused_for_longest(
 
     monkeypatch.setenv("RECON_CACHE_DIR", str(tmp_path))
     RayTransform(parallel(5), (N, N), PX)
-    (first,) = tmp_path.glob("ray-*.npz")
+    (first,) = tmp_path.glob("ray-*.safetensors")
     RayTransform(parallel(6), (N, N), PX)
-    (second,) = set(tmp_path.glob("ray-*.npz")) - {first}
+    (second,) = set(tmp_path.glob("ray-*.safetensors")) - {first}
     for path, age in ((first, 200), (second, 100)):
         os.utime(path, (path.stat().st_atime, path.stat().st_mtime - age))
     RayTransform(parallel(5), (N, N), PX)  # used again
     monkeypatch.setattr(ct, "_CACHE_BYTES", 2.5 * first.stat().st_size)
     RayTransform(parallel(5), (N, N), PX, "line")
-    kept = set(tmp_path.glob("ray-*.npz"))
+    kept = set(tmp_path.glob("ray-*.safetensors"))
     assert first in kept
     assert second not in kept
     assert len(kept) == 2

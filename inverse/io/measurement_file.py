@@ -2,20 +2,20 @@ r"""Measurement files: a measurement with what is needed to reconstruct it, in H
 
 Layout, version 1 (a dataset each, all checksummed):
 
-===========  ========================  =========================================================
-``header``   uint8                     JSON: format, version, operator, modality, pixel, provenance
-``data``     float32 or complex64      measured values, (slices, \*out_shape)
-``noise``    float32                   standard deviation, broadcasts against data
-``mask``     uint8                     sampling mask, for operators that have one
-``maps``     complex64                 coil sensitivities, for operators that have them
-``trajectory`` float32                 sample positions of non-Cartesian MRI, cycles per pixel
-``density``  float32                   their density compensation
-``counts``   float32                   optional: readings before the logarithm (CT), as ``data``
-``truth``    float32 or complex64      optional: the image that was simulated from
-``template`` uint8                     optional: DICOM or NIfTI headers of the slices, joined
-``ends``     int64                     optional: where each header ends in ``template``
-``z_mm``     float64                   optional: position of each slice in mm
-===========  ========================  =========================================================
+==============  ====================  ==========================================================
+``header``      uint8                 JSON: format, version, operator, modality, pixel, provenance
+``data``        float32 or complex64  measured values, (slices, \*out_shape)
+``noise``       float32               standard deviation, broadcasts against data
+``mask``        uint8                 sampling mask, for operators that have one
+``maps``        complex64             coil sensitivities, for operators that have them
+``trajectory``  float32               sample positions of non-Cartesian MRI, cycles per pixel
+``density``     float32               their density compensation
+``counts``      float32               optional: readings before the logarithm (CT), as ``data``
+``truth``       float32 or complex64  optional: the image that was simulated from
+``template``    uint8                 optional: DICOM or NIfTI headers of the slices, joined
+``ends``        int64                 optional: where each header ends in ``template``
+``z_mm``        float64               optional: position of each slice in mm
+==============  ====================  ==========================================================
 
 An operator that acts on volumes measures volumes, not slices, and these are what ``data`` and
 ``truth`` count; ``template`` and ``z_mm`` count their slices.

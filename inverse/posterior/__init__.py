@@ -12,12 +12,14 @@ from inverse.posterior.guidance import (
 from inverse.posterior.methods import METHODS, PRESETS, Method
 from inverse.posterior.problem import Problem
 from inverse.posterior.projection import song_projection
+from inverse.posterior.volume import Coupling
 
 __all__ = [
     "DPS",
     "METHODS",
     "MMPS",
     "PRESETS",
+    "Coupling",
     "HalfQuadratic",
     "Method",
     "PiGDM",

@@ -13,16 +13,19 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from inverse.launch import launched, meet
+
 __all__ = ["Team", "rank", "team"]
 
 T = TypeVar("T")
-_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_PATIENCE = timedelta(minutes=30)  # the first process validates and writes while others wait
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Team:
 
 def rank() -> int:
     """Number of this process among those that a launcher started; 0 where there is one."""
-    return int(os.environ["RANK"]) if all(name in os.environ for name in _ENVIRONMENT) else 0
+    return int(os.environ["RANK"]) if launched() > 1 else 0
 
 
 @contextmanager
@@ -97,11 +100,10 @@ def team(device: torch.device) -> Iterator[Team]:
     if dist.is_initialized():
         yield Team(dist.get_rank(), dist.get_world_size(), device)
         return
-    launched = all(name in os.environ for name in _ENVIRONMENT)
-    if not launched or int(os.environ["WORLD_SIZE"]) < 2:
+    if launched() < 2:
         yield Team(0, 1, device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    meet("nccl" if device.type == "cuda" else "gloo", _PATIENCE)
     try:
         yield Team(dist.get_rank(), dist.get_world_size(), device)
     finally:

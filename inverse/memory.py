@@ -1,0 +1,40 @@
+"""Memory that a computation needs, measured rather than guessed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+__all__ = ["is_exhausted", "peak_bytes"]
+
+
+def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
+    """Most memory held while ``action`` runs: of the process, or of PyTorch on a GPU.
+
+    Where the system cannot forget earlier peaks of the process, as outside Linux, these count too.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        action()
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource  # not on Windows
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        action()
+        unit = 1 if sys.platform == "darwin" else 1024
+        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
+    action()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
