@@ -34,7 +34,10 @@ def as_time(t: float | Tensor) -> Tensor:
 
 
 class SDE(ABC):
-    """Forward process ``x_t = alpha(t) x_0 + sigma(t) z``; see the module's text."""
+    """Forward process ``x_t = alpha(t) x_0 + sigma(t) z``; see the module's text.
+
+    Here: docs/theory.md, equation (14).
+    """
 
     t_min: float = 1e-5
     """Smallest time of a sampler (cut-off of Song et al., appendix C)."""
@@ -60,7 +63,10 @@ class SDE(ABC):
         return self.noise_level(t) ** -2
 
     def f(self, t: float | Tensor) -> Tensor:
-        """Linear drift coefficient ``d log alpha / dt``."""
+        """Linear drift coefficient ``d log alpha / dt``.
+
+        Here: docs/theory.md, equation (15).
+        """
         return _derivative(lambda u: torch.log(self.alpha(u)), t)
 
     def drift(self, x: Tensor, t: float | Tensor) -> Tensor:
@@ -69,7 +75,10 @@ class SDE(ABC):
         return f.reshape(*f.shape, *([1] * (x.ndim - f.ndim))) * x
 
     def diffusion(self, t: float | Tensor) -> Tensor:
-        """``g(t) = sqrt(d sigma^2/dt - 2 f sigma^2)``."""
+        """``g(t) = sqrt(d sigma^2/dt - 2 f sigma^2)``.
+
+        Here: docs/theory.md, equation (15).
+        """
         variance_rate = _derivative(lambda u: self.sigma(u) ** 2, t)
         return torch.sqrt(variance_rate - 2 * self.f(t) * self.sigma(t) ** 2)
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
+from inverse.errors import ReconError
 from inverse.operators.ct import ParallelBeam
 from phantoms.benchmarks import neutron, speed
+from phantoms.benchmarks.harness import run
 from phantoms.shapes import Ellipses
 
 COLUMNS, VIEWS = 120, 181
@@ -89,21 +88,17 @@ def test_rows_and_their_targets() -> None:
     assert (share.ratio, share.met) == (0.5, False)
 
 
-def test_speed_prints_and_stores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_speed_stores_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "MODALITIES", {"ct": lambda runs: speed.projection(24, 3, 8, runs)})
     monkeypatch.setattr(speed, "matrices", lambda: {"tiny": 2**20})
-    monkeypatch.setattr(
-        sys, "argv", ["speed", "--runs", "1", "--threads", "1", "--out", str(tmp_path / "s.json")]
-    )
-    speed.main()
-    assert "tiny: 1 MiB" in capsys.readouterr().out
-    stored = json.loads((tmp_path / "s.json").read_text())
-    assert [row["reference"] for row in stored["rows"]] == [
+    settings = speed.Settings(("ct",), runs=1)
+    rows = run(speed.BENCHMARK, settings, tmp_path).rows["ct"]["rows"]
+    assert [row["reference"] for row in rows] == [
         "ASTRA CPU, linear",
         "ASTRA CPU, line",
         "scikit-image",
     ]
-    assert all(row["ratio"] > 0 for row in stored["rows"])
-    assert stored["setting"]["torch"] == torch.__version__
+    assert all(row["ratio"] > 0 for row in rows)
+    assert "| tiny | 1 |" in (tmp_path / "speed.md").read_text()
+    with pytest.raises(ReconError, match="runs must be"):
+        speed.Settings(("ct",), runs=0)

@@ -196,6 +196,33 @@ def test_equations_are_numbered_in_order() -> None:
     assert cited <= set(tags)
 
 
+CITED = re.compile(r"docs/theory\.md, equations? ((?:\(\d+\)(?:, | and | to )?)+)")
+
+
+def cited_equations(text: str) -> set[int]:
+    """Numbers of the equations of theory.md that a source cites."""
+    flat = " ".join(text.split())
+    return {int(k) for found in CITED.findall(flat) for k in re.findall(r"\((\d+)\)", found)}
+
+
+def test_equations_that_docstrings_cite_exist() -> None:
+    tags = set(map(int, re.findall(r"\\tag\{(\d+)\}", (ROOT / "docs/theory.md").read_text())))
+    cited: set[int] = set()
+    for package in ("inverse", "phantoms", "recon_cli"):
+        for path in (ROOT / package).rglob("*.py"):
+            found = cited_equations(path.read_text())
+            assert found <= tags, f"{path.name} cites {sorted(found - tags)} of docs/theory.md"
+            cited |= found
+    assert cited
+    assert cited_equations("see docs/theory.md, equations (3)\n    and (71)") == {3, 71}
+
+
+def test_the_index_lists_every_page() -> None:
+    listed = set(LINK.findall((ROOT / "docs" / "index.md").read_text()))
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert pages <= listed, f"docs/index.md lacks {sorted(pages - listed)}"
+
+
 def test_what_the_checks_refuse() -> None:
     page = (
         "# A title\n`recon study ct IN\n--views 9`\n\n<!-- no-run: needs data -->\n"

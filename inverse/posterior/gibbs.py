@@ -69,6 +69,8 @@ class LikelihoodStep:
         noise: randomness of the batch's samples.
         tol: relative residual of the solve.
         iterations: most conjugate-gradient steps.
+
+    Here: docs/theory.md, equation (30).
     """
 
     def __init__(
@@ -223,6 +225,8 @@ def pnpdm(
         rho_end: last coupling; small against the posterior spread that matters.
         balanced: take the noise of the coupling from that of the data.
         cg_iterations: most conjugate-gradient steps of a likelihood step.
+
+    Here: docs/theory.md, equation (29).
     """
     likelihood = LikelihoodStep(problem.measurement, problem.noise, iterations=cg_iterations)
     # bounds the condition of the balanced system, so that float32 serves

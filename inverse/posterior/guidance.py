@@ -95,6 +95,8 @@ class Proximal(_Guided):
         weight: factor on ``r_t``; above 1 trusts the data more.
         iterations: conjugate-gradient steps a call.
         tol: relative residual at which they stop.
+
+    Here: docs/theory.md, equation (27).
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class HalfQuadratic(Proximal):
     DDNM+, 1 far above the noise of the data and 0 far below.
 
     Source: Zhu et al., DiffPIR (CVPRW 2023), equations 12 and 13; Wang et al., DDNM (ICLR 2023).
+    Here: docs/theory.md, equation (27).
     """
 
     def radius(self, t: float | Tensor) -> Tensor:
@@ -165,6 +168,8 @@ class DPS(_Guided):
         measurement: data of the batch, in prior units.
         times: the sampler's times, with the ancestral step between them.
         zeta: the authors' step size: 0.3 super-resolution and deblurring, 0.5 inpainting.
+
+    Here: docs/theory.md, equation (26).
     """
 
     def __init__(
@@ -222,6 +227,8 @@ class PiGDM(_Guided):
         times: the sampler's times.
         iterations: conjugate-gradient steps a call.
         tol: relative residual at which they stop.
+
+    Here: docs/theory.md, equation (26).
     """
 
     def __init__(
@@ -270,6 +277,8 @@ class MMPS(_Guided):
         measurement: data of the batch, in prior units.
         iterations: conjugate-gradient steps a call.
         tol: relative residual at which they stop.
+
+    Here: docs/theory.md, equation (26).
     """
 
     def __init__(

@@ -64,6 +64,7 @@ def pnp_admm(
 
     Source: Chan, Wang, Elgendy, Plug-and-play ADMM (IEEE TCI 2017); noised denoiser: Renaud et
     al., SNORE (ICML 2024); prior variance a level: Chung et al., DDS (ICLR 2024).
+    Here: docs/theory.md, equation (28).
     """
     if not 0.0 <= damping <= 1.0:
         raise ReconError(f"the damping of the dual variable must lie in [0, 1], got {damping}")
@@ -104,10 +105,11 @@ def warm_start(measurement: Measurement, offset: float, scale: float) -> Tensor:
         scale: physical units per prior unit.
 
     Returns:
-        ``(b, *shape)`` in prior units; by Tikhonov regularisation where the image is not
-        two-dimensional.
+        ``(b, *shape)`` in prior units; by Tikhonov regularisation for images of two channels,
+        whose gradient across channels means nothing.
     """
-    if len(measurement.operator.in_shape) == 2:
+    shape = measurement.operator.in_shape
+    if len(shape) == 2 or (len(shape) == 3 and shape[0] != 2):
         physical = measurement.rescaled(-offset / scale, 1 / scale)
         # for MR the value of prior value 1, not a percentile of the batch: mates must not matter
         unit = None if measurement.modality == "CT" else abs(offset) + scale

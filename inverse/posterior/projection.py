@@ -47,6 +47,8 @@ def song_projection(
 
     Returns:
         ``project(x, t)``.
+
+    Here: docs/theory.md, equation (25).
     """
     if not 0.0 < lam <= 1.0:
         raise ReconError(f"Song's mixing weight lambda must lie in (0, 1], got {lam}")
@@ -185,6 +187,8 @@ def ald(
 
     Raises:
         ReconError: a ``step`` that is not stable.
+
+    Here: docs/theory.md, equation (32).
     """
     if not 0.0 < step < 2.0:
         raise ReconError(f"ald's step must lie in (0, 2) for Langevin to be stable, got {step}")

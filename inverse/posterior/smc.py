@@ -71,6 +71,8 @@ def tds(
 
     Raises:
         ReconError: fewer than one particle, or a share outside [0, 1].
+
+    Here: docs/theory.md, equation (31).
     """
     if particles < 1 or group < 1 or not 0.0 <= ess <= 1.0:
         raise ReconError(

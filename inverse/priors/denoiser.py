@@ -78,7 +78,10 @@ class Denoiser(nn.Module, ABC):
         return level / torch.sqrt(1 + level**2)
 
     def score(self, x_t: Tensor, t: float | Tensor) -> Tensor:
-        """``grad log p_t(x_t) = (alpha D - x_t) / sigma^2``, shape of ``x_t``."""
+        """``grad log p_t(x_t) = (alpha D - x_t) / sigma^2``, shape of ``x_t``.
+
+        Here: docs/theory.md, equation (11).
+        """
         alpha, sigma = self.sde.marginal(t)
         mean = self.denoise(x_t, t)
         return (expand(alpha, x_t) * mean - x_t) / expand(sigma, x_t) ** 2
@@ -118,6 +121,8 @@ class Denoiser(nn.Module, ABC):
             x_t: noisy images ``(b, *shape)``.
             t: time.
             v: vectors ``(b, *shape)``.
+
+        Here: docs/theory.md, equation (11).
         """
         alpha, sigma = self.sde.marginal(t)
         return expand(sigma**2 / alpha, x_t) * self.linearise(x_t, t)[1](v)

@@ -54,6 +54,8 @@ def energy_score(
 
     Raises:
         ReconError: if the energy is not one number a batch element.
+
+    Here: docs/theory.md, equation (7).
     """
     again = torch.is_grad_enabled() if create_graph is None else create_graph
     with torch.inference_mode(False), torch.enable_grad():
@@ -82,6 +84,8 @@ def edm_energy(
 
     .. math:: E = \frac{|x|^2}{2(\sigma^2+\sigma_d^2)}
               - \frac{\langle x, D_\theta(x, \sigma) - c_{skip} x\rangle}{\sigma^2}
+
+    Here: docs/theory.md, equation (22).
     """
     s2 = expand(sigma.to(torch.float32) ** 2, x)
     d2 = net.config.sigma_data**2
@@ -90,7 +94,10 @@ def edm_energy(
 
 
 class EnergyPrior(Denoiser):
-    r"""A :class:`Denoiser` by :math:`D = x - \sigma^2\nabla E`; costs one backward pass a call."""
+    r"""A :class:`Denoiser` by :math:`D = x - \sigma^2\nabla E`; costs one backward pass a call.
+
+    Here: docs/theory.md, equation (1).
+    """
 
     @abstractmethod
     def energy(self, x: Tensor, sigma: Tensor) -> Tensor:

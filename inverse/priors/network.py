@@ -183,6 +183,8 @@ def edm_denoise(
     Raises:
         GeometryError: for a wrong channel count.
         ReconError: for a sigma that is not positive.
+
+    Here: docs/theory.md, equation (21).
     """
     config = net.config
     if x.ndim != 4 or x.shape[1] != config.channels:

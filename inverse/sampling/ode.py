@@ -135,6 +135,8 @@ def encode(
     Raises:
         GeometryError: images without a batch axis.
         NumericalError: images or a flow that are not finite, or a step that becomes too small.
+
+    Here: docs/theory.md, equation (19).
     """
     flow = _Flow(denoiser, x0, solver)
     with torch.inference_mode(False), torch.no_grad():
@@ -213,6 +215,8 @@ def log_likelihood(
         ReconError: no ``noise`` or fewer than one probe where an estimate is wanted.
         UnsupportedError: an exact trace of large images.
         NumericalError: as :func:`encode`.
+
+    Here: docs/theory.md, equation (20).
     """
     sde = denoiser.sde
     v = _probes(x0, noise, divergence, probes)

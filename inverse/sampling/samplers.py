@@ -99,6 +99,7 @@ def annealed_langevin(
 
     Source: Song and Ermon, Generative modeling by estimating gradients of the data distribution
     (NeurIPS 2019), algorithm 1, whose :math:`\alpha_i` is twice this one.
+    Here: docs/theory.md, equation (13).
     """  # noqa: D205
     high, low = _range(denoiser, levels)
     if count is None:

@@ -51,6 +51,7 @@ def euler_maruyama(sde: SDE, x_t: Tensor, x0: Tensor, t: Time, s: Time, z: Tenso
     r""":math:`x_s = x_t - [f x_t - g^2\,\mathrm{score}]\,dt + g\sqrt{dt}\,z`; weak order 1.
 
     Source: Song et al. (ICLR 2021), equation 6.
+    Here: docs/theory.md, equation (17).
     """
     dt = as_time(t) - as_time(s)
     g2 = sde.diffusion(t) ** 2
@@ -62,6 +63,7 @@ def reverse_diffusion(sde: SDE, x_t: Tensor, x0: Tensor, t: Time, s: Time, z: Te
     r""":math:`x_s = (2-r)\,x_t + G^2\,\mathrm{score} + G z`, the forward transition reversed.
 
     Source: Song et al. (ICLR 2021), equation 46 and appendix E.
+    Here: docs/theory.md, equation (17).
     """
     r, g2 = _transition(sde, t, s)
     score = _score(sde, x_t, x0, t)
@@ -76,6 +78,7 @@ def ancestral(sde: SDE, x_t: Tensor, x0: Tensor, t: Time, s: Time, z: Tensor) ->
               \text{variance } \frac{\sigma_s^2 G^2}{\sigma_t^2}
 
     Source: Ho et al., DDPM (NeurIPS 2020), equation 7; Song et al. (ICLR 2021), equation 47.
+    Here: docs/theory.md, equation (17).
     """  # noqa: D415
     r, g2 = _transition(sde, t, s)
     var_t, var_s = sde.sigma(t) ** 2, sde.sigma(s) ** 2
@@ -145,6 +148,7 @@ def langevin(snr: float, norms: Literal["expected", "sample"] = "expected") -> C
       of modes come out wrong.
 
     Source: Song et al. (ICLR 2021), algorithms 4 and 5, appendix G.
+    Here: docs/theory.md, equation (18).
     """
     if snr < 0:
         raise ReconError(f"the corrector's snr must not be negative, got {snr}")

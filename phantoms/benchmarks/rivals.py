@@ -24,7 +24,7 @@ from inverse.metrics import psnr
 from inverse.posterior.plug_and_play import warm_start
 from inverse.priors import NetworkPrior, load_prior
 from inverse.reconstruct import reconstruct
-from phantoms.benchmarks.quality import Case, ct_cases
+from phantoms.benchmarks.problems import Case, Settings, ct_case
 
 WEIGHTS = {
     "DiffPIR": (0.01, 0.1, 1.0, 10.0, 100.0),
@@ -152,10 +152,10 @@ def main() -> None:
     arguments = parser.parse_args()
     prior = load_prior(arguments.prior)
     rows: list[dict[str, Any]] = []
-    cases = {
-        part: ct_cases(path, prior, (arguments.views,), arguments.slices)[0]
-        for part, path in (("tune", arguments.tune), ("test", arguments.test))
-    }
+    cases = {}
+    for part, path in (("tune", arguments.tune), ("test", arguments.test)):
+        own = Settings(arguments.slices, 256, methods=("pnp_admm:20",), data=str(path))
+        cases[part] = ct_case(own, prior, arguments.views, 1e5)
     ours = cases["test"]
     for calls in (8, arguments.calls):
         started = time.monotonic()

@@ -1,8 +1,7 @@
-"""How fast the operators are, in ratios: ``python -m phantoms.benchmarks.speed``.
+"""How fast the operators are, in ratios.
 
 Every row is a ratio of two times of one process, so that it means the same on any machine that is
-otherwise idle; each time is the least of several runs after a first one.  Seconds are printed
-beside it.  ``--out`` stores all as JSON with the setting.
+otherwise idle; each time is the least of several runs after a first one.
 
 CT rows compare a batch of 16 slices by the cached matrix with the same slices by ASTRA's CPU
 projectors one at a time (this toolkit's path without a matrix; a tenth of it or so is transfer),
@@ -13,14 +12,10 @@ shape, without shifts, maps and masks.
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-import platform
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,6 +25,8 @@ from inverse.operators.ct import Kernel, ParallelBeam, RayTransform
 from inverse.operators.linop import LinearOperator
 from inverse.operators.mri import Sense, cartesian_mask
 from inverse.priors import load_prior
+from phantoms.benchmarks import harness
+from phantoms.benchmarks.harness import Benchmark, Task, check, table
 from phantoms.coils import CoilArray
 
 SLICES = 16
@@ -184,40 +181,65 @@ MODALITIES: dict[str, Callable[[int], list[Row]]] = {"ct": ct, "mri": mri}
 """What can be measured: a function of the number of runs for each modality."""
 
 
-def main() -> None:
-    """Print the table; write JSON with ``--out``."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=sorted(MODALITIES), help="one modality")
-    parser.add_argument("--runs", type=int, default=20, help="runs of the shortest work")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads")
-    parser.add_argument("--out", type=Path, help="JSON file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    chosen = [arguments.only] if arguments.only else list(MODALITIES)
-    rows = [row for name in chosen for row in MODALITIES[name](arguments.runs)]
-    width = max(len(row.name) for row in rows)
-    print(f"{'work':{width}} {'ms':>8}  {'against':22} {'ms':>8} {'ratio':>7}  target")
-    for row in rows:
-        bound = f"{'>=' if row.at_least else '<='} {row.target:g}{'' if row.met else '  missed'}"
-        print(
-            f"{row.name:{width}} {1e3 * row.seconds:8.1f}  {row.reference:22} "
-            f"{1e3 * row.reference_seconds:8.1f} {row.ratio:7.2f}  {bound}"
-        )
-    memory = matrices() if "ct" in chosen else {}
-    for name, size in memory.items():
-        print(f"matrix and transpose, {name}: {size / 2**20:.0f} MiB")
-    if arguments.out:
-        setting = {
-            "machine": platform.processor() or platform.machine(),
-            "threads": arguments.threads,
-            "runs": arguments.runs,
-            "torch": torch.__version__,
-        }
-        table = [{**asdict(row), "ratio": row.ratio, "met": row.met} for row in rows]
-        assert all(math.isfinite(row.ratio) for row in rows)
-        content = {"setting": setting, "rows": table, "matrix_bytes": memory}
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+@dataclass(frozen=True)
+class Settings:
+    """Settings of ``speed``.
+
+    Attributes:
+        modalities: keys of :data:`MODALITIES`.
+        runs: runs of the shortest work.
+    """
+
+    modalities: tuple[str, ...] = tuple(MODALITIES)
+    runs: int = 5
+
+    def __post_init__(self) -> None:
+        unknown = set(self.modalities) - set(MODALITIES)
+        check(not unknown, f"no {', '.join(unknown)}; there are {', '.join(MODALITIES)}")
+        check(self.runs >= 1, f"runs must be at least 1, got {self.runs}")
 
 
-if __name__ == "__main__":
-    main()
+def tasks(settings: Settings) -> Iterator[Task]:
+    """The comparisons of a modality, and the memory of CT matrices."""
+
+    def row(name: str) -> harness.Row:
+        found = MODALITIES[name](settings.runs)
+        rows = [{**asdict(r), "ratio": r.ratio, "met": r.met} for r in found]
+        return {"rows": rows, "matrix_bytes": matrices() if name == "ct" else {}}
+
+    for name in settings.modalities:
+        yield name, functools.partial(row, name)
+
+
+def markdown(rows: Mapping[str, harness.Row]) -> str:
+    """Times, ratios and their targets; memory."""
+    cells = []
+    for part in rows.values():
+        for r in part["rows"]:
+            bound = f"{'≥' if r['at_least'] else '≤'} {r['target']:g}"
+            cells.append(
+                [r["name"], r["reference"], f"{1e3 * r['seconds']:.1f}",
+                 f"{1e3 * r['reference_seconds']:.1f}", f"{r['ratio']:.2f}",
+                 bound if r["met"] else f"{bound}, missed"]
+            )  # fmt: skip
+    head = ("work", "against", "ms", "theirs, ms", "ratio", "target")
+    text = table(head, cells, text=2)
+    memory = {k: v for part in rows.values() for k, v in part["matrix_bytes"].items()}
+    if memory:
+        sizes = [[name, f"{size / 2**20:.0f}"] for name, size in memory.items()]
+        text += "\n" + table(("matrix and transpose", "MiB"), sizes)
+    return text
+
+
+BENCHMARK = Benchmark(
+    name="speed",
+    title="Speed of the operators",
+    about="""
+Every row is a ratio of two times of one process, so that it means the same on any machine that is
+otherwise idle; each time is the least of several runs after a first one.
+""",
+    quick=Settings(),
+    full=Settings(runs=20),
+    tasks=tasks,
+    markdown=markdown,
+)
