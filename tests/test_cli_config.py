@@ -71,7 +71,7 @@ def test_command_line_over_file_over_default(root: Path, tmp_path: Path) -> None
         ('option = "a=1"', "'option' is a list"),
         ("seed = 1979-05-27", "'seed' is one text or number"),
         ("[study]\nviews = 8", "sets 'study'"),
-        ('geometry = "cone"', "cone"),
+        ('geometry = "helix"', "helix"),
         ("views 8", "not valid TOML"),
     ],
 )
