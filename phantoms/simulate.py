@@ -56,7 +56,7 @@ from inverse.operators.patterns import central_box
 from inverse.operators.units import AIR_HU, MU_WATER, hu_to_mu
 from phantoms.beam import Tube, split
 from phantoms.coils import CoilArray
-from phantoms.shapes import Ellipses
+from phantoms.scene import Section
 
 __all__ = [
     "Simulation",
@@ -229,7 +229,7 @@ def _without_metal(scan: Simulation, metal: Tensor) -> Simulation:
 
 
 def simulate_ct_analytic(
-    slices: Sequence[Ellipses],
+    slices: Sequence[Section],
     pixel_mm: float,
     geometry: ParallelBeam | FanBeam,
     *,
@@ -244,7 +244,7 @@ def simulate_ct_analytic(
     """A CT scan of analytic slices: exact line integrals, no grid at all.
 
     Args:
-        slices: ellipses with values in HU + 1000 (0 is air).
+        slices: phantoms in the plane, such as ellipses, with values in HU + 1000 (0 is air).
         pixel_mm: pixel size of the reconstruction grid in mm.
         geometry: the scan.
         matrix: rows and columns of the reconstruction grid.
@@ -269,7 +269,7 @@ def simulate_ct_analytic(
     )
     grid = (matrix, matrix)
     truth = torch.from_numpy(np.stack([factor * s.image(grid, pixel_mm) for s in slices]))
-    how = f"exact line integrals of ellipses, {oversample} rays a bin"
+    how = f"exact line integrals, {oversample} rays a bin"
     return _scan(
         values,
         truth.float(),

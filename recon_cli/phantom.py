@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from phantoms.catalogue import Entry, Made
     from phantoms.scene import Section
-    from phantoms.shapes import Ellipses
     from phantoms.simulate import Simulation
 
 _OBJECT, _SCAN = "Object", "Measurement (OUT ending in .h5)"
@@ -217,7 +216,7 @@ def _measure(
         poses = _motion(scan.motion, scan.views, seed)
         still = [Moving(one, poses) for one in still]
     return simulate_ct_analytic(
-        cast("list[Ellipses]", still),  # anything with line integrals and an image
+        still,
         grid.pixel_mm,
         beam,
         matrix=grid.size,

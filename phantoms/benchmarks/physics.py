@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class Scanner:
         """``count`` scans of a section, which differ in their noise."""
         beam = ParallelBeam.sparse(self.views, (MATRIX, MATRIX), PIXEL_MM)
         scan = simulate_ct_analytic(
-            [cast("Ellipses", section)] * count,
+            [section] * count,
             PIXEL_MM,
             beam,
             matrix=MATRIX,
