@@ -628,9 +628,12 @@ def _adapt(
         channels = prior.net.config.channels
         pixel = float(np.mean(measurement.pixel_mm))
         low, high = card.pixel_mm_range
-        factor = next((k for k in (2, 3, 4) if low <= 1.05 * k * pixel), 1)
         plane = sides[-2:]  # the slices of a volume keep their distance
-        if pixel < 0.95 * low and all(side % factor == 0 for side in plane):
+        fine = pixel < 0.95 * low
+        # coarser pixels must be the prior's: beyond its range they lose detail for nothing
+        factors = (k for k in (2, 3, 4) if low <= 1.05 * k * pixel <= 1.1 * high)
+        factor = next((k for k in factors if fine and all(n % k == 0 for n in plane)), 1)
+        if factor > 1:
             sides = (*sides[:-2], *(side // factor for side in plane))
             embedding = Upsample(sides, factor, operator.dtype)
             notes.append(

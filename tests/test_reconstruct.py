@@ -119,6 +119,14 @@ def test_fine_pixels_are_reconstructed_on_the_priors_grid() -> None:
     torch.testing.assert_close(up(coarse), result.mean[0], rtol=1e-3, atol=1e-6)
 
 
+def test_pixels_are_not_coarsened_beyond_the_priors_grid() -> None:
+    """Of 0.9 mm, where the prior knows 1.0 to 1.6: twice as coarse would be 1.8."""
+    prior = network(pixel_mm_range=(1.0, 1.6))
+    result = reconstruct(ct(slices=1, pixel=0.9), prior, steps=2)
+    assert "finer than the prior's" not in result.status
+    assert "lie outside the prior's" in result.status
+
+
 def test_upsampling_keeps_constants_and_ramps_of_pixel_centres() -> None:
     up = Upsample((8, 8), 2)
     torch.testing.assert_close(up(torch.ones(8, 8)), torch.ones(16, 16))
