@@ -7,6 +7,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -483,6 +484,9 @@ def command(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a command that also has `_SHARED` options and ``--config``.
 
+    A parameter whose type is a dataclass stands for an option a field, in the order of its
+    fields: what several commands share is written once.
+
     Args:
         app: group of the command.
         name: its name.
@@ -494,6 +498,10 @@ def command(
     epilog = "[bold]Examples[/bold]\n\n" + "\n\n".join(lines) if lines else None
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
+        own = get_type_hints(function, include_extras=True)
+        del own["return"]
+        groups: dict[str, Any] = {n: hint for n, hint in own.items() if is_dataclass(hint)}
+
         @functools.wraps(function)
         def run(
             *,
@@ -507,23 +515,36 @@ def command(
             VERBOSITY.apply(quiet=quiet, verbose=verbose, debug=debug)
             runlog.OPTIONS = resolved(context, given)
             given.pop("include_phi", None)
+            for group_name, group in groups.items():
+                values = {f.name: given.pop(f.name) for f in fields(group)}
+                given[group_name] = group(**values)
             with warnings.catch_warnings():
                 # third-party warnings print values of headers, and nobody can act on them
                 warnings.simplefilter("default" if debug else "ignore")
                 function(**given)
 
-        hints = get_type_hints(function, include_extras=True) | _SHARED
-        hints |= {"config": Config, "context": typer.Context}
-        own = inspect.signature(function).parameters.values()
-        parameters = [
-            p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in own
-        ]
+        parameters = []
+        for p in inspect.signature(function).parameters.values():
+            if p.name in groups:
+                kinds = get_type_hints(own[p.name], include_extras=True)
+                parameters += [
+                    inspect.Parameter(
+                        f.name,
+                        inspect.Parameter.KEYWORD_ONLY,
+                        default=f.default,
+                        annotation=kinds[f.name],
+                    )
+                    for f in fields(groups[p.name])
+                ]
+            else:
+                parameters.append(
+                    p.replace(annotation=own[p.name], kind=inspect.Parameter.KEYWORD_ONLY)
+                )
         parameters += [
             inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=a)
             for n, a in _SHARED.items()
         ]
         if phi:
-            hints["include_phi"] = _INCLUDE_PHI
             parameters.append(
                 inspect.Parameter(
                     "include_phi",
@@ -539,7 +560,7 @@ def command(
             inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
         ]
         vars(run)["__signature__"] = inspect.Signature(parameters)
-        run.__annotations__ = hints
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
         del vars(run)["__wrapped__"]
         app.command(name, epilog=epilog, **settings)(run)
         return function

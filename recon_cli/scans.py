@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import typer
 
+from recon_cli import options as o
 from recon_cli.console import log
 from recon_cli.options import parse_slices
 from recon_cli.pipeline import Task
@@ -18,8 +19,7 @@ from recon_cli.runlog import RunLog, sha256_of
 if TYPE_CHECKING:
     from inverse.io.series import Series
     from inverse.operators.ct import FanBeam, ParallelBeam
-    from inverse.operators.patterns import MaskKind
-    from phantoms.simulate import MetalTrace, Simulation
+    from phantoms.simulate import Simulation
 
 __all__ = [
     "CtScan",
@@ -74,17 +74,17 @@ class CtScan:
     ``metal_trace`` says how the rays through them are found.
     """
 
-    views: int
-    geometry: Literal["parallel", "fan", "fan-curved", "cone"]
-    arc: float | None
-    short_scan: bool
-    detector: int | None
-    photons: float
-    electronic_noise: float
-    kvp: float | None
-    metal: int
-    matrix: int | None
-    metal_trace: MetalTrace = "true"
+    views: o.Views = 23
+    geometry: o.GeometryName = "parallel"
+    arc: o.Arc = None
+    short_scan: o.ShortScan = False
+    detector: o.Detector = None
+    photons: o.Photons = 1e5
+    electronic_noise: o.ElectronicNoise = 0.0
+    kvp: o.Kvp = None
+    metal: o.Metal = 0
+    metal_trace: o.MetalTraceName = "true"
+    matrix: o.Matrix = None
 
     command: ClassVar = "ct"
 
@@ -202,13 +202,13 @@ class CtScan:
 class MriScan:
     """Undersampled k-space of one coil or several, slice by slice or of a volume."""
 
-    acceleration: float
-    mask: MaskKind
-    centre: float
-    trajectory: Literal["cartesian", "radial", "spiral"]
-    coils: int
-    noise: float
-    volume: bool = False
+    acceleration: o.Acceleration = 4.0
+    mask: o.MaskName = "gaussian1d"
+    centre: o.Centre = 0.08
+    trajectory: o.TrajectoryName = "cartesian"
+    coils: o.Coils = 1
+    noise: o.NoiseLevel = 0.01
+    volume: o.VolumeScan = False
 
     command: ClassVar = "mri"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import typer
@@ -27,26 +27,32 @@ from recon_cli.scans import (
 )
 
 
-def _simulate(
-    scan: Scan,
-    selection: Selection,
-    out: Path,
-    *,
-    seed: int,
-    overwrite: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
-    check_file(out, overwrite)
-    run = RunLog(f"simulate {scan.command}", {selection.path: "IN", out: "OUT"})
+@dataclass(frozen=True)
+class How:
+    """Options of every simulation: all but what is scanned."""
+
+    seed: o.Seed = 0
+    slices: o.Slices = None
+    series: o.SeriesName = None
+    stack: o.StackName = None
+    limits: Limits = 4.0
+    overwrite: o.Overwrite = False
+    dry_run: o.DryRun = False
+    as_json: o.Json = False
+
+
+def _simulate(scan: Scan, path: Path, out: Path, how: How) -> None:
+    check_file(out, how.overwrite)
+    run = RunLog(f"simulate {scan.command}", {path: "IN", out: "OUT"})
+    selection = Selection(path, how.series, how.stack, how.slices, how.limits)
     images, chosen = read(selection, scan.command, run)
     run.identify(images.templates[0])
-    if dry_run:
+    if how.dry_run:
         # one slice tells what the scan makes of all of them, but where it measures volumes
-        task = simulate(scan, images, chosen if scan.volume else chosen[:1], seed, run)
-        tell(plan_file(out, task, chosen, run, images=images), as_json)
+        task = simulate(scan, images, chosen if scan.volume else chosen[:1], how.seed, run)
+        tell(plan_file(out, task, chosen, run, images=images), how.as_json)
         return
-    task = simulate(scan, images, chosen, seed, run)
+    task = simulate(scan, images, chosen, how.seed, run)
 
     from inverse.io.measurement_file import write_measurement
 
@@ -60,7 +66,12 @@ def _simulate(
         },
     )
     write_measurement(
-        out, measurement, task.truth, task.templates, heights(images, chosen), overwrite=overwrite
+        out,
+        measurement,
+        task.truth,
+        task.templates,
+        heights(images, chosen),
+        overwrite=how.overwrite,
     )
     result = {
         "schema_version": SCHEMA_VERSION,
@@ -73,7 +84,7 @@ def _simulate(
         "warnings": run.warnings,
         **({"patient": run.patient} if run.patient else {}),
     }
-    if as_json:
+    if how.as_json:
         print_json(result)
         return
     print(f"{out}: {task.label}, data {' x '.join(map(str, measurement.data.shape))}")
@@ -101,52 +112,9 @@ def register(app: typer.Typer) -> None:
         recon simulate ct CT_FOLDER -o cone.h5 --geometry cone --views 60 --matrix 64
         """,
     )
-    def ct(
-        path: o.Input,
-        out: o.OutFile,
-        views: o.Views = 23,
-        geometry: o.GeometryName = "parallel",
-        arc: o.Arc = None,
-        short_scan: o.ShortScan = False,
-        detector: o.Detector = None,
-        photons: o.Photons = 1e5,
-        electronic_noise: o.ElectronicNoise = 0.0,
-        kvp: o.Kvp = None,
-        metal: o.Metal = 0,
-        metal_trace: o.MetalTraceName = "true",
-        matrix: o.Matrix = None,
-        seed: o.Seed = 0,
-        slices: o.Slices = None,
-        series: o.SeriesName = None,
-        stack: o.StackName = None,
-        limits: Limits = 4.0,
-        overwrite: o.Overwrite = False,
-        dry_run: o.DryRun = False,
-        as_json: o.Json = False,
-    ) -> None:
+    def ct(path: o.Input, out: o.OutFile, scan: CtScan, how: How) -> None:
         """Sparse-view, limited-angle, truncated or low-dose CT, with metal or without."""
-        scan = CtScan(
-            views,
-            geometry,
-            arc,
-            short_scan,
-            detector,
-            photons,
-            electronic_noise,
-            kvp,
-            metal,
-            matrix,
-            metal_trace,
-        )
-        _simulate(
-            scan,
-            Selection(path, series, stack, slices, limits),
-            out,
-            seed=seed,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            as_json=as_json,
-        )
+        _simulate(scan, path, out, how)
 
     @command(
         group,
@@ -158,36 +126,9 @@ def register(app: typer.Typer) -> None:
         recon simulate mri MR_FOLDER -o volume.h5 --volume --acceleration 6 --mask poisson
         """,
     )
-    def mri(
-        path: o.Input,
-        out: o.OutFile,
-        acceleration: o.Acceleration = 4.0,
-        mask: o.MaskName = "gaussian1d",
-        centre: o.Centre = 0.08,
-        trajectory: o.TrajectoryName = "cartesian",
-        coils: o.Coils = 1,
-        noise: o.NoiseLevel = 0.01,
-        volume: o.VolumeScan = False,
-        seed: o.Seed = 0,
-        slices: o.Slices = None,
-        series: o.SeriesName = None,
-        stack: o.StackName = None,
-        limits: Limits = 4.0,
-        overwrite: o.Overwrite = False,
-        dry_run: o.DryRun = False,
-        as_json: o.Json = False,
-    ) -> None:
+    def mri(path: o.Input, out: o.OutFile, scan: MriScan, how: How) -> None:
         """Undersampled MRI by one coil or several, slice by slice or of a volume."""
-        scan = MriScan(acceleration, mask, centre, trajectory, coils, noise, volume)
-        _simulate(
-            scan,
-            Selection(path, series, stack, slices, limits),
-            out,
-            seed=seed,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            as_json=as_json,
-        )
+        _simulate(scan, path, out, how)
 
     @command(
         group,
@@ -198,30 +139,15 @@ def register(app: typer.Typer) -> None:
     def inpaint(
         path: o.Input,
         out: o.OutFile,
+        *,
         hole: o.Hole = 0.25,
         hole_kind: o.HoleKind = "square",
         noise: o.NoiseLevel = 0.01,
         matrix: o.Matrix = None,
-        seed: o.Seed = 0,
-        slices: o.Slices = None,
-        series: o.SeriesName = None,
-        stack: o.StackName = None,
-        limits: Limits = 4.0,
-        overwrite: o.Overwrite = False,
-        dry_run: o.DryRun = False,
-        as_json: o.Json = False,
+        how: How,
     ) -> None:
         """Missing pixels."""
-        scan = InpaintScan(hole, hole_kind, noise, matrix)
-        _simulate(
-            scan,
-            Selection(path, series, stack, slices, limits),
-            out,
-            seed=seed,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            as_json=as_json,
-        )
+        _simulate(InpaintScan(hole, hole_kind, noise, matrix), path, out, how)
 
     @command(
         group,
@@ -235,28 +161,13 @@ def register(app: typer.Typer) -> None:
     def slices_(
         path: o.Input,
         out: o.OutFile,
+        *,
         missing: o.Missing = None,
         thickness: o.Thickness = None,
         slice_step: o.SliceStep = None,
         noise: o.NoiseLevel = 0.01,
         matrix: o.Matrix = None,
-        seed: o.Seed = 0,
-        slices: o.Slices = None,
-        series: o.SeriesName = None,
-        stack: o.StackName = None,
-        limits: Limits = 4.0,
-        overwrite: o.Overwrite = False,
-        dry_run: o.DryRun = False,
-        as_json: o.Json = False,
+        how: How,
     ) -> None:
         """Missing or thick slices of a volume."""
-        scan = SliceScan(missing, thickness, slice_step, noise, matrix)
-        _simulate(
-            scan,
-            Selection(path, series, stack, slices, limits),
-            out,
-            seed=seed,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            as_json=as_json,
-        )
+        _simulate(SliceScan(missing, thickness, slice_step, noise, matrix), path, out, how)

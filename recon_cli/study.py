@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
@@ -35,73 +35,75 @@ from recon_cli.scans import (
     simulate,
 )
 
-if TYPE_CHECKING:
-    from inverse.posterior.volume import CouplingKind
+
+@dataclass(frozen=True)
+class How:
+    """Options of every study: all but what is scanned."""
+
+    prior: o.PriorName = None
+    method: o.MethodName = o.DEFAULT_METHOD
+    option: o.MethodOption = None
+    steps: o.Steps = None
+    samples: o.Samples = 1
+    batch: o.Batch = 8
+    coupling: o.CouplingName = "none"
+    plane_prior: o.PlanePrior = None
+    max_memory: o.MaxMemory = None
+    device: o.Device = "auto"
+    tv: o.Tv = True
+    tv_weight: o.TvWeight = None
+    baseline: o.BaselineNames = None
+    seed: o.Seed = 0
+    slices: o.Slices = None
+    series: o.SeriesName = None
+    stack: o.StackName = None
+    limits: Limits = 4.0
+    pdf: o.Pdf = False
+    parametric_map: o.ParametricMap = False
+    resume: o.Resume = False
+    overwrite: o.Overwrite = False
+    dry_run: o.DryRun = False
+    as_json: o.Json = False
 
 
-def _study(
-    scan: Scan,
-    selection: Selection,
-    out: Path,
-    *,
-    prior: str | None,
-    method: str,
-    option: list[str] | None,
-    steps: int | None,
-    samples: int,
-    seed: int,
-    batch: int,
-    coupling: CouplingKind,
-    plane_prior: list[str] | None,
-    max_memory: float | None,
-    device: str,
-    tv: bool,
-    tv_weight: float | None,
-    baseline: list[str] | None,
-    pdf: bool,
-    parametric_map: bool,
-    resume: bool,
-    overwrite: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
-    row, baselines = check_method(method), check_baselines(baseline)
-    options = o.read_options(row, option or [])
-    also = o.companions(pdf=pdf, parametric_map=parametric_map)
-    run = RunLog(f"study {scan.command}", {selection.path: "IN", out: "OUT"})
-    inputs = [selection.path]
+def _study(scan: Scan, path: Path, out: Path, how: How) -> None:
+    row, baselines = check_method(how.method), check_baselines(how.baseline)
+    options = o.read_options(row, how.option or [])
+    also = o.companions(pdf=how.pdf, parametric_map=how.parametric_map)
+    run = RunLog(f"study {scan.command}", {path: "IN", out: "OUT"})
+    selection = Selection(path, how.series, how.stack, how.slices, how.limits)
     with shared_folder(
-        out, overwrite=overwrite, inputs=inputs, resume=resume, dry=dry_run
+        out, overwrite=how.overwrite, inputs=[path], resume=how.resume, dry=how.dry_run
     ) as work:
-        device = pick_device(device)
+        device = pick_device(how.device)
         images, chosen = read(selection, scan.command, run)
         recipe = Recipe(
-            prior=choose_prior(prior, images.modality),
-            method=method,
-            steps=steps,
-            samples=samples,
-            seed=seed,
-            batch=batch,
+            prior=choose_prior(how.prior, images.modality),
+            method=how.method,
+            steps=how.steps,
+            samples=how.samples,
+            seed=how.seed,
+            batch=how.batch,
             device=device,
             options=options,
-            tv=tv,
-            tv_weight=tv_weight,
+            tv=how.tv,
+            tv_weight=how.tv_weight,
             baselines=baselines,
-            coupling=coupling,
-            planes=choose_planes(coupling, plane_prior or [], images.modality),
-            max_memory=max_memory,
+            coupling=how.coupling,
+            planes=choose_planes(how.coupling, how.plane_prior or [], images.modality),
+            max_memory=how.max_memory,
             also=also,
         )
-        if dry_run:
+        if how.dry_run:
             # one slice tells what the scan makes of all of them, but where it measures volumes
-            task = simulate(scan, images, chosen if scan.volume else chosen[:1], seed, run)
-            tell(plan_output(out, task, recipe, chosen, run, images=images), as_json)
+            task = simulate(scan, images, chosen if scan.volume else chosen[:1], how.seed, run)
+            tell(plan_output(out, task, recipe, chosen, run, images=images), how.as_json)
             return
-        task = simulate(scan, images, chosen, seed, run)
+        task = simulate(scan, images, chosen, how.seed, run)
         del images  # the whole series; the task holds what is needed
         metrics = execute(task, recipe, work.folder, run, work.saved, work.processes)
     if work.processes.first:
-        show(out, task, metrics, run, as_json)
+        show(out, task, metrics, run, how.as_json)
 
 
 def register(app: typer.Typer) -> None:
@@ -128,83 +130,9 @@ def register(app: typer.Typer) -> None:
         recon study ct CT_FOLDER -o out --method dds --option weight=4 --option eta=0.85
         """,
     )
-    def ct(
-        path: o.Input,
-        out: o.Out,
-        views: o.Views = 23,
-        geometry: o.GeometryName = "parallel",
-        arc: o.Arc = None,
-        short_scan: o.ShortScan = False,
-        detector: o.Detector = None,
-        photons: o.Photons = 1e5,
-        electronic_noise: o.ElectronicNoise = 0.0,
-        kvp: o.Kvp = None,
-        metal: o.Metal = 0,
-        metal_trace: o.MetalTraceName = "true",
-        matrix: o.Matrix = None,
-        prior: o.PriorName = None,
-        method: o.MethodName = o.DEFAULT_METHOD,
-        option: o.MethodOption = None,
-        steps: o.Steps = None,
-        samples: o.Samples = 1,
-        batch: o.Batch = 8,
-        coupling: o.CouplingName = "none",
-        plane_prior: o.PlanePrior = None,
-        max_memory: o.MaxMemory = None,
-        device: o.Device = "auto",
-        tv: o.Tv = True,
-        tv_weight: o.TvWeight = None,
-        baseline: o.BaselineNames = None,
-        seed: o.Seed = 0,
-        slices: o.Slices = None,
-        series: o.SeriesName = None,
-        stack: o.StackName = None,
-        limits: Limits = 4.0,
-        pdf: o.Pdf = False,
-        parametric_map: o.ParametricMap = False,
-        resume: o.Resume = False,
-        overwrite: o.Overwrite = False,
-        dry_run: o.DryRun = False,
-        as_json: o.Json = False,
-    ) -> None:
+    def ct(path: o.Input, out: o.Out, scan: CtScan, how: How) -> None:
         """Sparse-view, limited-angle, truncated or low-dose CT, with metal or without."""
-        _study(
-            CtScan(
-                views,
-                geometry,
-                arc,
-                short_scan,
-                detector,
-                photons,
-                electronic_noise,
-                kvp,
-                metal,
-                matrix,
-                metal_trace,
-            ),
-            Selection(path, series, stack, slices, limits),
-            out,
-            prior=prior,
-            method=method,
-            option=option,
-            steps=steps,
-            samples=samples,
-            seed=seed,
-            batch=batch,
-            coupling=coupling,
-            plane_prior=plane_prior,
-            max_memory=max_memory,
-            device=device,
-            tv=tv,
-            tv_weight=tv_weight,
-            baseline=baseline,
-            pdf=pdf,
-            parametric_map=parametric_map,
-            resume=resume,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            as_json=as_json,
-        )
+        _study(scan, path, out, how)
 
     @command(
         group,
@@ -212,67 +140,9 @@ def register(app: typer.Typer) -> None:
         phi=True,
         examples="recon study mri MR_FOLDER -o out --acceleration 4 --prior mr.safetensors",
     )
-    def mri(
-        path: o.Input,
-        out: o.Out,
-        acceleration: o.Acceleration = 4.0,
-        mask: o.MaskName = "gaussian1d",
-        centre: o.Centre = 0.08,
-        trajectory: o.TrajectoryName = "cartesian",
-        coils: o.Coils = 1,
-        noise: o.NoiseLevel = 0.01,
-        volume: o.VolumeScan = False,
-        prior: o.PriorName = None,
-        method: o.MethodName = o.DEFAULT_METHOD,
-        option: o.MethodOption = None,
-        steps: o.Steps = None,
-        samples: o.Samples = 1,
-        batch: o.Batch = 8,
-        coupling: o.CouplingName = "none",
-        plane_prior: o.PlanePrior = None,
-        max_memory: o.MaxMemory = None,
-        device: o.Device = "auto",
-        tv: o.Tv = True,
-        tv_weight: o.TvWeight = None,
-        baseline: o.BaselineNames = None,
-        seed: o.Seed = 0,
-        slices: o.Slices = None,
-        series: o.SeriesName = None,
-        stack: o.StackName = None,
-        limits: Limits = 4.0,
-        pdf: o.Pdf = False,
-        parametric_map: o.ParametricMap = False,
-        resume: o.Resume = False,
-        overwrite: o.Overwrite = False,
-        dry_run: o.DryRun = False,
-        as_json: o.Json = False,
-    ) -> None:
+    def mri(path: o.Input, out: o.Out, scan: MriScan, how: How) -> None:
         """Undersampled MRI by one coil or several from an MR series."""
-        _study(
-            MriScan(acceleration, mask, centre, trajectory, coils, noise, volume),
-            Selection(path, series, stack, slices, limits),
-            out,
-            prior=prior,
-            method=method,
-            option=option,
-            steps=steps,
-            samples=samples,
-            seed=seed,
-            batch=batch,
-            coupling=coupling,
-            plane_prior=plane_prior,
-            max_memory=max_memory,
-            device=device,
-            tv=tv,
-            tv_weight=tv_weight,
-            baseline=baseline,
-            pdf=pdf,
-            parametric_map=parametric_map,
-            resume=resume,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            as_json=as_json,
-        )
+        _study(scan, path, out, how)
 
     @command(
         group,
@@ -283,61 +153,15 @@ def register(app: typer.Typer) -> None:
     def inpaint(
         path: o.Input,
         out: o.Out,
+        *,
         hole: o.Hole = 0.25,
         hole_kind: o.HoleKind = "square",
         noise: o.NoiseLevel = 0.01,
         matrix: o.Matrix = None,
-        prior: o.PriorName = None,
-        method: o.MethodName = o.DEFAULT_METHOD,
-        option: o.MethodOption = None,
-        steps: o.Steps = None,
-        samples: o.Samples = 1,
-        batch: o.Batch = 8,
-        coupling: o.CouplingName = "none",
-        plane_prior: o.PlanePrior = None,
-        max_memory: o.MaxMemory = None,
-        device: o.Device = "auto",
-        tv: o.Tv = True,
-        tv_weight: o.TvWeight = None,
-        baseline: o.BaselineNames = None,
-        seed: o.Seed = 0,
-        slices: o.Slices = None,
-        series: o.SeriesName = None,
-        stack: o.StackName = None,
-        limits: Limits = 4.0,
-        pdf: o.Pdf = False,
-        parametric_map: o.ParametricMap = False,
-        resume: o.Resume = False,
-        overwrite: o.Overwrite = False,
-        dry_run: o.DryRun = False,
-        as_json: o.Json = False,
+        how: How,
     ) -> None:
         """Missing pixels of a CT or MR series."""
-        _study(
-            InpaintScan(hole, hole_kind, noise, matrix),
-            Selection(path, series, stack, slices, limits),
-            out,
-            prior=prior,
-            method=method,
-            option=option,
-            steps=steps,
-            samples=samples,
-            seed=seed,
-            batch=batch,
-            coupling=coupling,
-            plane_prior=plane_prior,
-            max_memory=max_memory,
-            device=device,
-            tv=tv,
-            tv_weight=tv_weight,
-            baseline=baseline,
-            pdf=pdf,
-            parametric_map=parametric_map,
-            resume=resume,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            as_json=as_json,
-        )
+        _study(InpaintScan(hole, hole_kind, noise, matrix), path, out, how)
 
     @command(
         group,
@@ -351,59 +175,13 @@ def register(app: typer.Typer) -> None:
     def slices_(
         path: o.Input,
         out: o.Out,
+        *,
         missing: o.Missing = None,
         thickness: o.Thickness = None,
         slice_step: o.SliceStep = None,
         noise: o.NoiseLevel = 0.01,
         matrix: o.Matrix = None,
-        prior: o.PriorName = None,
-        method: o.MethodName = o.DEFAULT_METHOD,
-        option: o.MethodOption = None,
-        steps: o.Steps = None,
-        samples: o.Samples = 1,
-        batch: o.Batch = 8,
-        coupling: o.CouplingName = "none",
-        plane_prior: o.PlanePrior = None,
-        max_memory: o.MaxMemory = None,
-        device: o.Device = "auto",
-        tv: o.Tv = True,
-        tv_weight: o.TvWeight = None,
-        baseline: o.BaselineNames = None,
-        seed: o.Seed = 0,
-        slices: o.Slices = None,
-        series: o.SeriesName = None,
-        stack: o.StackName = None,
-        limits: Limits = 4.0,
-        pdf: o.Pdf = False,
-        parametric_map: o.ParametricMap = False,
-        resume: o.Resume = False,
-        overwrite: o.Overwrite = False,
-        dry_run: o.DryRun = False,
-        as_json: o.Json = False,
+        how: How,
     ) -> None:
         """Missing or thick slices of a CT or MR series."""
-        _study(
-            SliceScan(missing, thickness, slice_step, noise, matrix),
-            Selection(path, series, stack, slices, limits),
-            out,
-            prior=prior,
-            method=method,
-            option=option,
-            steps=steps,
-            samples=samples,
-            seed=seed,
-            batch=batch,
-            coupling=coupling,
-            plane_prior=plane_prior,
-            max_memory=max_memory,
-            device=device,
-            tv=tv,
-            tv_weight=tv_weight,
-            baseline=baseline,
-            pdf=pdf,
-            parametric_map=parametric_map,
-            resume=resume,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            as_json=as_json,
-        )
+        _study(SliceScan(missing, thickness, slice_step, noise, matrix), path, out, how)

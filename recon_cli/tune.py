@@ -445,58 +445,64 @@ def _table(task: Task, axes: Sequence[Axis], tune: Mapping[str, Any]) -> None:
     print(f"Use: {' '.join(tune['arguments'])}")
 
 
-def _tune(
-    scan: Scan,
-    selection: Selection,
-    out: Path,
-    *,
-    prior: str | None,
-    method: str,
-    option: list[str] | None,
-    steps: int | None,
-    samples: int,
-    trials: int,
-    rounds: int,
-    metric: Metric,
-    seed: int,
-    batch: int,
-    device: str,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
-    check_method(method)
-    axes = _space(method, option or [])
-    earlier = _unfinished(out, overwrite)
+@dataclass(frozen=True)
+class How:
+    """Options of every search: all but what is scanned."""
+
+    prior: o.PriorName = None
+    method: o.MethodName = o.DEFAULT_METHOD
+    option: _Ranges = None
+    steps: o.Steps = None
+    samples: o.Samples = 1
+    batch: o.Batch = 8
+    device: o.Device = "auto"
+    trials: _Trials = 20
+    rounds: _Rounds = 2
+    metric: _MetricName = "psnr"
+    seed: o.Seed = 0
+    slices: o.Slices = None
+    series: o.SeriesName = None
+    stack: o.StackName = None
+    limits: Limits = 4.0
+    overwrite: _Overwrite = False
+    as_json: o.Json = False
+
+
+def _tune(scan: Scan, path: Path, out: Path, how: How) -> None:
+    check_method(how.method)
+    axes = _space(how.method, how.option or [])
+    earlier = _unfinished(out, how.overwrite)
 
     from inverse.errors import NumericalError
     from inverse.posterior.methods import METHODS
 
-    run = RunLog(f"tune {scan.command}", {selection.path: "IN", out: "OUT"})
-    device = pick_device(device)
+    run = RunLog(f"tune {scan.command}", {path: "IN", out: "OUT"})
+    device = pick_device(how.device)
+    selection = Selection(path, how.series, how.stack, how.slices, how.limits)
     images, chosen = read(selection, scan.command, run)
     recipe = Recipe(
-        prior=choose_prior(prior, images.modality),
-        method=method,
-        steps=steps,
-        samples=samples,
-        seed=seed,
-        batch=batch,
+        prior=choose_prior(how.prior, images.modality),
+        method=how.method,
+        steps=how.steps,
+        samples=how.samples,
+        seed=how.seed,
+        batch=how.batch,
         device=device,
     )
-    task = simulate(scan, images, chosen, seed, run)
+    task = simulate(scan, images, chosen, how.seed, run)
     del images  # the whole series; the task holds what is needed
     run.prior = asdict(recipe.prior.card)
-    run.seed, run.device, run.simulation = seed, device, True
+    run.seed, run.device, run.simulation = how.seed, device, True
     run.settings |= {
         "label": task.label,
         "slices": list(task.slices),
-        "method": method,
-        "steps": steps,
-        "samples": samples,
+        "method": how.method,
+        "steps": how.steps,
+        "samples": how.samples,
         "search": {
-            "metric": metric,
-            "trials": trials,
-            "rounds": rounds,
+            "metric": how.metric,
+            "trials": how.trials,
+            "rounds": how.rounds,
             "options": [
                 asdict(axis) | ({"scale": axis.scale} if isinstance(axis, Range) else {})
                 for axis in axes
@@ -511,24 +517,30 @@ def _tune(
         "the options are chosen by the truth of these images, so they must not be of test "
         "patients, and their metrics are no estimate of what to expect",
     )
-    start = METHODS[method].resolve({}, task.measurement.modality)
+    start = METHODS[how.method].resolve({}, task.measurement.modality)
     complete = False
     while not complete:
         options = propose(
-            axes, tried, metric=metric, start=start, trials=trials, rounds=rounds, seed=seed
+            axes,
+            tried,
+            metric=how.metric,
+            start=start,
+            trials=how.trials,
+            rounds=how.rounds,
+            seed=how.seed,
         )
         if options is None:
             run.warn("EXHAUSTED", f"every point was tried after {len(tried)} trials")
         else:
             words = ", ".join(f"{name} {_word(value)}" for name, value in options.items())
-            log(f"trial {len(tried) + 1} of {trials}: {words}")
+            log(f"trial {len(tried) + 1} of {how.trials}: {words}")
             with run.phase("trials"):
-                trial = _attempt(task, replace(recipe, options=options), metric)
+                trial = _attempt(task, replace(recipe, options=options), how.metric)
             tried.append(plain_json(trial))
-            said = trial.get("reason") or _mean(trial[metric], 4)
-            log(f"trial {len(tried)} of {trials}: {metric} {said}")
-        complete = options is None or len(tried) == trials
-        tune = _summary(axes, tried, recipe, metric, complete)
+            said = trial.get("reason") or _mean(trial[how.metric], 4)
+            log(f"trial {len(tried)} of {how.trials}: {how.metric} {said}")
+        complete = options is None or len(tried) == how.trials
+        tune = _summary(axes, tried, recipe, how.metric, complete)
         if complete and tune["at_the_end"]:
             run.warn(
                 "END_OF_RANGE",
@@ -545,7 +557,7 @@ def _tune(
     if failed:
         log(f"{len(failed)} of {len(tried)} trials failed, the first because "
             f"{failed[0]['reason']}")  # fmt: skip
-    if as_json:
+    if how.as_json:
         print_json({"out": str(out), **tune, "warnings": run.warnings})
         return
     _table(task, axes, tune)
@@ -574,6 +586,7 @@ def register(app: typer.Typer) -> None:
     def ct(
         path: o.Input,
         out: o.OutFile,
+        *,
         views: o.Views = 23,
         geometry: o.GeometryName = "parallel",
         arc: o.Arc = None,
@@ -584,54 +597,22 @@ def register(app: typer.Typer) -> None:
         kvp: o.Kvp = None,
         metal: o.Metal = 0,
         matrix: o.Matrix = None,
-        prior: o.PriorName = None,
-        method: o.MethodName = o.DEFAULT_METHOD,
-        option: _Ranges = None,
-        steps: o.Steps = None,
-        samples: o.Samples = 1,
-        batch: o.Batch = 8,
-        device: o.Device = "auto",
-        trials: _Trials = 20,
-        rounds: _Rounds = 2,
-        metric: _MetricName = "psnr",
-        seed: o.Seed = 0,
-        slices: o.Slices = None,
-        series: o.SeriesName = None,
-        stack: o.StackName = None,
-        limits: Limits = 4.0,
-        overwrite: _Overwrite = False,
-        as_json: o.Json = False,
+        how: How,
     ) -> None:
         """Options for sparse-view, limited-angle, truncated or low-dose CT."""
-        _tune(
-            CtScan(
-                views,
-                geometry,
-                arc,
-                short_scan,
-                detector,
-                photons,
-                electronic_noise,
-                kvp,
-                metal,
-                matrix,
-            ),
-            Selection(path, series, stack, slices, limits),
-            out,
-            prior=prior,
-            method=method,
-            option=option,
-            steps=steps,
-            samples=samples,
-            trials=trials,
-            rounds=rounds,
-            metric=metric,
-            seed=seed,
-            batch=batch,
-            device=device,
-            overwrite=overwrite,
-            as_json=as_json,
+        scan = CtScan(
+            views,
+            geometry,
+            arc,
+            short_scan,
+            detector,
+            photons,
+            electronic_noise,
+            kvp,
+            metal,
+            matrix=matrix,
         )
+        _tune(scan, path, out, how)
 
     @command(
         group,
@@ -641,49 +622,17 @@ def register(app: typer.Typer) -> None:
     def mri(
         path: o.Input,
         out: o.OutFile,
+        *,
         acceleration: o.Acceleration = 4.0,
         mask: o.MaskName = "gaussian1d",
         centre: o.Centre = 0.08,
         trajectory: o.TrajectoryName = "cartesian",
         coils: o.Coils = 1,
         noise: o.NoiseLevel = 0.01,
-        prior: o.PriorName = None,
-        method: o.MethodName = o.DEFAULT_METHOD,
-        option: _Ranges = None,
-        steps: o.Steps = None,
-        samples: o.Samples = 1,
-        batch: o.Batch = 8,
-        device: o.Device = "auto",
-        trials: _Trials = 20,
-        rounds: _Rounds = 2,
-        metric: _MetricName = "psnr",
-        seed: o.Seed = 0,
-        slices: o.Slices = None,
-        series: o.SeriesName = None,
-        stack: o.StackName = None,
-        limits: Limits = 4.0,
-        overwrite: _Overwrite = False,
-        as_json: o.Json = False,
+        how: How,
     ) -> None:
         """Options for undersampled MRI by one coil or several."""
-        _tune(
-            MriScan(acceleration, mask, centre, trajectory, coils, noise),
-            Selection(path, series, stack, slices, limits),
-            out,
-            prior=prior,
-            method=method,
-            option=option,
-            steps=steps,
-            samples=samples,
-            trials=trials,
-            rounds=rounds,
-            metric=metric,
-            seed=seed,
-            batch=batch,
-            device=device,
-            overwrite=overwrite,
-            as_json=as_json,
-        )
+        _tune(MriScan(acceleration, mask, centre, trajectory, coils, noise), path, out, how)
 
     @command(
         group,
@@ -693,44 +642,12 @@ def register(app: typer.Typer) -> None:
     def inpaint(
         path: o.Input,
         out: o.OutFile,
+        *,
         hole: o.Hole = 0.25,
         hole_kind: o.HoleKind = "square",
         noise: o.NoiseLevel = 0.01,
         matrix: o.Matrix = None,
-        prior: o.PriorName = None,
-        method: o.MethodName = o.DEFAULT_METHOD,
-        option: _Ranges = None,
-        steps: o.Steps = None,
-        samples: o.Samples = 1,
-        batch: o.Batch = 8,
-        device: o.Device = "auto",
-        trials: _Trials = 20,
-        rounds: _Rounds = 2,
-        metric: _MetricName = "psnr",
-        seed: o.Seed = 0,
-        slices: o.Slices = None,
-        series: o.SeriesName = None,
-        stack: o.StackName = None,
-        limits: Limits = 4.0,
-        overwrite: _Overwrite = False,
-        as_json: o.Json = False,
+        how: How,
     ) -> None:
         """Options for filling missing pixels of a CT or MR series."""
-        _tune(
-            InpaintScan(hole, hole_kind, noise, matrix),
-            Selection(path, series, stack, slices, limits),
-            out,
-            prior=prior,
-            method=method,
-            option=option,
-            steps=steps,
-            samples=samples,
-            trials=trials,
-            rounds=rounds,
-            metric=metric,
-            seed=seed,
-            batch=batch,
-            device=device,
-            overwrite=overwrite,
-            as_json=as_json,
-        )
+        _tune(InpaintScan(hole, hole_kind, noise, matrix), path, out, how)

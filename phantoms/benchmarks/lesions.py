@@ -494,12 +494,12 @@ def _draw_curves(axis: Any, here: Sequence[Point], contrasts: Sequence[float]) -
 
 def _draw_areas(axis: Any, detected: Sequence[Seen]) -> None:
     """Areas with their intervals, by tissue and size."""
-    kinds = [(t, d) for t in CONTRASTS for d in DIAMETERS]
+    kinds: list[tuple[str, float]] = [(t, d) for t in CONTRASTS for d in DIAMETERS]
     axis.axhline(0.5, color="0.6", linewidth=0.8)
     for k, (method, colour) in enumerate(COLOURS.items()):
         for s in detected:
             if s.method == method and s.contrast is None and s.detection is not None:
-                x = kinds.index((s.tissue, s.diameter)) + 0.2 * (k - 1)  # type: ignore[arg-type]
+                x = kinds.index((s.tissue, s.diameter)) + 0.2 * (k - 1)
                 d = s.detection
                 axis.errorbar(
                     [x], [d.auc], [[d.auc - d.low], [d.high - d.auc]], color=colour, marker="o",
