@@ -20,9 +20,12 @@ from recon_cli.output import check_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from inverse.priors import NetworkPrior
+    from inverse.priors import NetworkPrior, PriorCard
     from inverse.training.data import ImageSet
+    from inverse.training.loop import TrainConfig
 
+_HELD = 0.1
+"""Share of patients that is held out where no other data are."""
 _DATA, _NET, _CARD = "Data", "Network and run", "Prior card"
 
 
@@ -107,6 +110,24 @@ def _describe(source: _Source, images: ImageSet, licence: str, citation: str) ->
     }
 
 
+def _described_phantoms(drawn: ImageSet, orientation: str) -> dict[str, Any]:
+    plane = f" in {orientation} sections, cubic voxels" if orientation else ""
+    return {
+        "name": f"random chest phantoms{plane}",
+        "licence": "made by this toolkit",
+        "patients": len(drawn.patients),
+        "slices": len(drawn),
+        "weight": drawn.weight,
+        "citation": "recon-sde, phantoms.anatomy.thorax",
+    }
+
+
+def _inner(low: float, high: float) -> tuple[float, float]:
+    """A range without a ninth at each end, where augmentation has room to either side."""
+    part = (high - low) / 9
+    return round(low + part, 4), round(high - part, 4)
+
+
 class _ListsObjectives(TyperCommand):
     """The command whose help lists the objectives; they are imported when it is asked for."""
 
@@ -139,6 +160,456 @@ def _known(objective: str) -> str:
     return objective
 
 
+@dataclass(frozen=True)
+class How:
+    """Options of a training."""
+
+    modality: Annotated[
+        Literal["ct", "mr"],
+        typer.Option(help="Kind of image.", show_default=False, rich_help_panel=_DATA),
+    ]
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="Prior to write (.safetensors).",
+            show_default=False,
+        ),
+    ]
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH[:WEIGHT]",
+            help="Folder, zip or file of DICOM, NIfTI, or .npz or HDF5 stacks with a .csv "
+            "beside them; repeat for more. WEIGHT is how often it is drawn relative to the "
+            "others.",
+            show_default="phantoms alone",
+            rich_help_panel=_DATA,
+        ),
+    ] = None
+    select: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN=A,B",
+            help="Of stacks whose table has the column, keep these rows.",
+            show_default=False,
+            rich_help_panel=_DATA,
+        ),
+    ] = None
+    validation_data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Held-out images.",
+            show_default="a tenth of the patients",
+            rich_help_panel=_DATA,
+        ),
+    ] = None
+    validation_select: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN=A,B",
+            help="Rows of the validation data to keep.",
+            show_default=False,
+            rich_help_panel=_DATA,
+        ),
+    ] = None
+    phantoms: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Random chest phantoms to add (CT); with --orientation in that plane, of "
+            "cubic voxels.",
+            rich_help_panel=_DATA,
+        ),
+    ] = 0
+    phantom_weight: Annotated[
+        float,
+        typer.Option(min=0.001, help="How often phantoms are drawn.", rich_help_panel=_DATA),
+    ] = 0.25
+    objective: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="What is minimised; listed below.", rich_help_panel=_NET
+        ),
+    ] = "dsm"
+    network: Annotated[
+        Literal["score", "energy"],
+        typer.Option(
+            help="A denoiser, or an energy whose gradient is the score (twice the cost).",
+            rich_help_panel=_NET,
+        ),
+    ] = "score"
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Optimiser steps.",
+            show_default="10000, or as many as --minutes hold",
+            rich_help_panel=_NET,
+        ),
+    ] = None
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            help="Time of the run, into which its schedule is fitted (reading and --samples "
+            "come on top). With --steps: stop after this time; the same command continues.",
+            show_default="no limit",
+            rich_help_panel=_NET,
+        ),
+    ] = None
+    warmup: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Steps of warm-up, at most a tenth of those that --minutes hold.",
+            rich_help_panel=_NET,
+        ),
+    ] = 200
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of state and log; an existing state is continued.",
+            show_default="OUT with the suffix .run",
+            rich_help_panel=_NET,
+        ),
+    ] = None
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything.", rich_help_panel=_NET)] = 0
+    widths: Annotated[
+        str,
+        typer.Option(help="Channels of the network's levels.", rich_help_panel=_NET),
+    ] = "32,64,96,144"
+    size: Annotated[
+        int,
+        typer.Option(min=16, help="Rows and columns of the image grid.", rich_help_panel=_NET),
+    ] = 256
+    crop: Annotated[
+        int,
+        typer.Option(min=16, help="Side of the crops of most steps.", rich_help_panel=_NET),
+    ] = 128
+    whole: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of steps on whole images.", rich_help_panel=_NET),
+    ] = 0.25
+    whole_from: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of the run after which all steps are on whole images.",
+            rich_help_panel=_NET,
+        ),
+    ] = 0.8
+    fine: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of steps on a grid of twice the --size at half the pixel size: one "
+            "prior for both.",
+            rich_help_panel=_NET,
+        ),
+    ] = 0.0
+    sigma_range: Annotated[
+        str,
+        typer.Option(
+            metavar="MIN:MAX",
+            help="Noise levels, prior units; equal ends for one level.",
+            rich_help_panel=_NET,
+        ),
+    ] = "0.005:80"
+    levels: Annotated[
+        int,
+        typer.Option(min=1, help="Length of the ladder of ncsn.", rich_help_panel=_NET),
+    ] = 10
+    langevin_steps: Annotated[
+        int,
+        typer.Option(min=1, help="Steps of Langevin a negative (cd, pcd).", rich_help_panel=_NET),
+    ] = 5
+    langevin_step: Annotated[
+        float,
+        typer.Option(min=1e-9, help="Their size relative to sigma^2.", rich_help_panel=_NET),
+    ] = 0.1
+    chains: Annotated[
+        int, typer.Option(min=1, help="Persistent chains (pcd).", rich_help_panel=_NET)
+    ] = 256
+    ema: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W,W,...",
+            help="Relative widths of averages of the weights to choose among by held-out "
+            "error, also after a finished run.",
+            show_default="the moving average",
+            rich_help_panel=_NET,
+        ),
+    ] = None
+    samples: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Samples of the finished prior to compare with their nearest training images.",
+            rich_help_panel=_CARD,
+        ),
+    ] = 8
+    shift_mm: Annotated[
+        float,
+        typer.Option(min=0, help="Largest random shift, mm.", rich_help_panel=_DATA),
+    ] = 15.0
+    batch: Annotated[int, typer.Option(min=1, help="Crops a step.", rich_help_panel=_NET)] = 16
+    learning_rate: Annotated[
+        float, typer.Option("--lr", min=1e-8, help="Learning rate.", rich_help_panel=_NET)
+    ] = 1e-3
+    pixel_mm: Annotated[
+        str,
+        typer.Option(
+            metavar="MIN:MAX",
+            help="Range of pixel sizes, mm.",
+            rich_help_panel=_NET,
+        ),
+    ] = "1.1:2.0"
+    bfloat16: Annotated[
+        bool,
+        typer.Option("--bfloat16", help="Network arithmetic in bfloat16.", rich_help_panel=_NET),
+    ] = False
+    device: Annotated[
+        str, typer.Option(metavar="auto|cpu|cuda", help="Device.", rich_help_panel=_NET)
+    ] = "auto"
+    compile_: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the network first.", rich_help_panel=_NET),
+    ] = False
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Threads that prepare the next batches.",
+            show_default="4 on a GPU, 0 on a CPU",
+            rich_help_panel=_NET,
+        ),
+    ] = None
+    name: Annotated[
+        str | None,
+        typer.Option(help="Name of the prior.", show_default="the file's", rich_help_panel=_CARD),
+    ] = None
+    licence: Annotated[str, typer.Option(help="Licence of the data.", rich_help_panel=_CARD)] = ""
+    citation: Annotated[str, typer.Option(help="Citation of the data.", rich_help_panel=_CARD)] = (
+        ""
+    )
+    orientation: Annotated[
+        Literal["", "axial", "coronal", "sagittal"],
+        typer.Option(
+            help="Plane of the images, and of phantoms: DICOM of others is left out, NIfTI of "
+            "cubic voxels is cut anew. A reconstruction in another one is flagged.",
+            show_default="not stated",
+            rich_help_panel=_CARD,
+        ),
+    ] = ""
+    limits: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--limit",
+            help="A known limit, in a sentence; repeat for more.",
+            show_default=False,
+            rich_help_panel=_CARD,
+        ),
+    ] = None
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing prior file.")
+    ] = False
+    as_json: Json = False
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Images to train on and to hold out, with what the card says of them."""
+
+    sets: list[ImageSet]
+    held: ImageSet
+    described: list[dict[str, Any]]
+
+
+def _gather(how: How, sources: Sequence[_Source], kind: Literal["CT", "MR"]) -> _Data:
+    """Read the images and draw the phantoms."""
+    from inverse.training.data import load_images, split_by_patient
+
+    wanted, held_rows = _selection(how.select or []), _selection(how.validation_select or [])
+    plane = how.orientation or None
+    _check_columns(sources, {**wanted, **held_rows}, how.validation_data)
+    sets: list[ImageSet] = []
+    for source in sources:
+        sets.append(
+            load_images(source.path, kind, select=wanted, weight=source.weight, plane=plane)
+        )
+        log(_found(source.path, sets[-1]))
+    drawn = _drawn(how) if how.phantoms else None
+    if how.validation_data is not None:
+        held = load_images(how.validation_data, kind, select=held_rows, plane=plane)
+        log(_found(how.validation_data, held))
+        out_of_training = set(held.patients)
+        sets = [s.where([p not in out_of_training for p in s.patient]) for s in sets]
+    elif drawn is not None and not sets:
+        drawn, held = split_by_patient(drawn, _HELD, how.seed)
+    else:
+        sets, held = _split(sets, how.seed)
+    described = [
+        _describe(source, images, how.licence, how.citation)
+        for source, images in zip(sources, sets, strict=True)
+    ]
+    if drawn is not None:
+        sets.append(drawn)
+        described.append(_described_phantoms(drawn, how.orientation))
+    log(f"held out: {len(held)} slices, {len(held.patients)} patients")
+    return _Data(sets, held, described)
+
+
+def _drawn(how: How) -> ImageSet:
+    """Slices of random phantoms."""
+    from phantoms.slices import chest_slices
+
+    log(f"drawing {how.phantoms} phantoms")
+    low, high = _range("--pixel-mm", how.pixel_mm, "1.1:2.0")
+    first = 1000 * (how.seed + 1)
+    chests = chest_slices(
+        range(first, first + how.phantoms),
+        size=2 * how.size if how.fine else how.size,
+        pixel_mm=_inner(low / 2, high / 2) if how.fine else _inner(low, high),
+        weight=how.phantom_weight,
+        plane=how.orientation or "axial",
+        cubic=bool(how.orientation),
+    )
+    return replace(chests, natural=False)
+
+
+def _config(how: How, device: str) -> TrainConfig:
+    """How to train."""
+    from inverse.training.loop import TrainConfig
+
+    steps = 10_000 if how.steps is None and how.minutes is None else how.steps
+    return TrainConfig(
+        steps=steps,
+        objective=_known(how.objective),
+        network=how.network,
+        batch=how.batch,
+        crop=how.crop,
+        whole=how.whole,
+        whole_from=how.whole_from,
+        fine=how.fine,
+        lr=how.learning_rate,
+        warmup=how.warmup,
+        averages=_averages(how.ema),
+        sigma_range=_range("--sigma-range", how.sigma_range, "0.005:80"),
+        levels=how.levels,
+        langevin_steps=how.langevin_steps,
+        langevin_step=how.langevin_step,
+        chains=how.chains,
+        seed=how.seed,
+        bfloat16=how.bfloat16,
+        compile=how.compile_,
+        workers=(4 if device.startswith("cuda") else 0) if how.workers is None else how.workers,
+    )
+
+
+def _check(how: How, sources: Sequence[_Source]) -> None:
+    """Refuse what has no meaning, before anything is read."""
+    from inverse.errors import CheckpointError
+
+    _selection(how.select or [])
+    _range("--sigma-range", how.sigma_range, "0.005:80")
+    _averages(how.ema)
+    if _selection(how.validation_select or []) and how.validation_data is None:
+        raise usage("--validation-select needs --validation-data")
+    if not sources and not how.phantoms:
+        raise usage("there is nothing to train on; give --data, or --phantoms for CT")
+    if how.phantoms and how.modality != "ct":
+        raise usage("--phantoms are CT images; leave them out for --modality mr")
+    _known(how.objective)
+    check_file(how.out, how.overwrite)
+    if how.out.suffix != ".safetensors":
+        raise CheckpointError(f"a prior file ends in .safetensors, got '{how.out.name}'")
+
+
+def _train(how: How) -> None:
+    sources, shape = [_source(text) for text in how.data or []], _widths(how.widths)
+    low, high = _range("--pixel-mm", how.pixel_mm, "1.1:2.0")
+    _check(how, sources)
+
+    from inverse.priors import NetworkConfig, PriorCard
+    from inverse.training.data import Augmentation
+    from inverse.training.loop import train as fit
+    from inverse.training.parallel import rank
+    from recon_cli.task import pick_device
+
+    device = pick_device(how.device)
+    config = _config(how, device)
+    leads = rank() == 0
+    if not leads:
+        VERBOSITY.apply(quiet=True, verbose=False, debug=VERBOSITY.debug)
+    kind: Literal["CT", "MR"] = "CT" if how.modality == "ct" else "MR"
+    finest, noise = low / 2 if how.fine else low, config.sigma_range
+    data = _gather(how, sources, kind)
+    card = PriorCard(
+        name=how.name or how.out.stem,
+        modality=kind,
+        unit="HU" if kind == "CT" else "relative",
+        offset=-500.0 if kind == "CT" else 0.5,
+        scale=500.0 if kind == "CT" else 0.5,
+        value_range=(0.0, 0.0),
+        pixel_mm_range=(finest, high),
+        shape=(how.size, how.size),
+        sigma_range=noise,
+        training_data=tuple(data.described),
+        training={"argv": _public_argv()},
+        limits=tuple(how.limits or ()),
+        orientation=how.orientation or ("" if sources else "axial"),
+    )
+    spread = how.samples > 0 and noise[0] < noise[1]  # one level cannot be sampled from
+    check = _sampler(how.samples, how.seed, (how.size, how.size), device) if spread else None
+    with _Progress() as watch:
+        done = fit(
+            data.sets,
+            data.held,
+            NetworkConfig(widths=shape, pixel_mm=round(math.sqrt(finest * high), 2)),
+            config,
+            card,
+            how.run or how.out.with_suffix(".run"),
+            how.out,
+            augmentation=Augmentation(
+                size=how.size,
+                pixel_mm=(low, high),
+                shift_mm=how.shift_mm,
+                slabs=how.orientation in ("coronal", "sagittal"),
+            ),
+            device=device,
+            minutes=how.minutes,
+            draw=check,
+            callback=watch if leads else None,
+        )
+    if leads:
+        _tell(how, done)
+
+
+def _tell(how: How, done: PriorCard) -> None:
+    """Print what came of it."""
+    summary = {
+        "out": str(how.out),
+        "name": done.name,
+        "steps": done.training["steps"],
+        "minutes": done.training["minutes"],
+        **{key: done.training[key] for key in _MEASURED if key in done.training},
+        "sha256": done.sha256,
+    }
+    if how.as_json:
+        print_json(summary)
+        return
+    print(f"{how.out}: {done.name}, {summary['steps']} steps, {summary['minutes']} minutes")
+    for line in _judged(done.training):
+        print(line)
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
 
@@ -153,399 +624,26 @@ def register(app: typer.Typer) -> None:
         recon train --modality ct -o e.safetensors --data a.npz --network energy
         recon train --modality ct -o s.safetensors --data a.npz --objective ssm-vr
         recon train --modality ct -o p.safetensors --data a.npz --ema 0.04,0.1,0.2 --overwrite
+        recon train --modality ct -o c.safetensors --phantoms 300 --orientation coronal --minutes 9
         torchrun --nproc-per-node 4 -m recon_cli.app train --config my.toml
         """,
         cls=_ListsObjectives,
     )
-    def train(
-        data: Annotated[
-            list[str],
-            typer.Option(
-                metavar="PATH[:WEIGHT]",
-                help="Folder, zip or file of DICOM, NIfTI, or .npz or HDF5 stacks with a .csv "
-                "beside them; repeat for more. WEIGHT is how often it is drawn relative to the "
-                "others.",
-                show_default=False,
-                rich_help_panel=_DATA,
-            ),
-        ],
-        modality: Annotated[
-            Literal["ct", "mr"],
-            typer.Option(help="Kind of image.", show_default=False, rich_help_panel=_DATA),
-        ],
-        out: Annotated[
-            Path,
-            typer.Option(
-                "--out",
-                "-o",
-                metavar="FILE",
-                help="Prior to write (.safetensors).",
-                show_default=False,
-            ),
-        ],
-        select: Annotated[
-            list[str] | None,
-            typer.Option(
-                metavar="COLUMN=A,B",
-                help="Of stacks whose table has the column, keep these rows.",
-                show_default=False,
-                rich_help_panel=_DATA,
-            ),
-        ] = None,
-        validation_data: Annotated[
-            Path | None,
-            typer.Option(
-                metavar="PATH",
-                help="Held-out images.",
-                show_default="a tenth of the patients",
-                rich_help_panel=_DATA,
-            ),
-        ] = None,
-        validation_select: Annotated[
-            list[str] | None,
-            typer.Option(
-                metavar="COLUMN=A,B",
-                help="Rows of the validation data to keep.",
-                show_default=False,
-                rich_help_panel=_DATA,
-            ),
-        ] = None,
-        phantoms: Annotated[
-            int,
-            typer.Option(min=0, help="Random chest phantoms to add (CT).", rich_help_panel=_DATA),
-        ] = 0,
-        phantom_weight: Annotated[
-            float,
-            typer.Option(min=0.001, help="How often phantoms are drawn.", rich_help_panel=_DATA),
-        ] = 0.25,
-        objective: Annotated[
-            str,
-            typer.Option(
-                metavar="NAME", help="What is minimised; listed below.", rich_help_panel=_NET
-            ),
-        ] = "dsm",
-        network: Annotated[
-            Literal["score", "energy"],
-            typer.Option(
-                help="A denoiser, or an energy whose gradient is the score (twice the cost).",
-                rich_help_panel=_NET,
-            ),
-        ] = "score",
-        steps: Annotated[
-            int, typer.Option(min=1, help="Optimiser steps.", rich_help_panel=_NET)
-        ] = 10_000,
-        minutes: Annotated[
-            float | None,
-            typer.Option(
-                min=0.01,
-                help="Stop after this time; the same command with the same --run continues.",
-                show_default="no limit",
-                rich_help_panel=_NET,
-            ),
-        ] = None,
-        run: Annotated[
-            Path | None,
-            typer.Option(
-                metavar="DIR",
-                help="Folder of state and log; an existing state is continued.",
-                show_default="OUT with the suffix .run",
-                rich_help_panel=_NET,
-            ),
-        ] = None,
-        seed: Annotated[
-            int, typer.Option(min=0, help="Seed of everything.", rich_help_panel=_NET)
-        ] = 0,
-        widths: Annotated[
-            str,
-            typer.Option(help="Channels of the network's levels.", rich_help_panel=_NET),
-        ] = "32,64,96,144",
-        size: Annotated[
-            int,
-            typer.Option(min=16, help="Rows and columns of the image grid.", rich_help_panel=_NET),
-        ] = 256,
-        crop: Annotated[
-            int,
-            typer.Option(min=16, help="Side of the crops of most steps.", rich_help_panel=_NET),
-        ] = 128,
-        whole: Annotated[
-            float,
-            typer.Option(
-                min=0, max=1, help="Share of steps on whole images.", rich_help_panel=_NET
-            ),
-        ] = 0.25,
-        whole_from: Annotated[
-            float,
-            typer.Option(
-                min=0,
-                max=1,
-                help="Share of the run after which all steps are on whole images.",
-                rich_help_panel=_NET,
-            ),
-        ] = 0.8,
-        fine: Annotated[
-            float,
-            typer.Option(
-                min=0,
-                max=1,
-                help="Share of steps on a grid of twice the --size at half the pixel size: one "
-                "prior for both.",
-                rich_help_panel=_NET,
-            ),
-        ] = 0.0,
-        sigma_range: Annotated[
-            str,
-            typer.Option(
-                metavar="MIN:MAX",
-                help="Noise levels, prior units; equal ends for one level.",
-                rich_help_panel=_NET,
-            ),
-        ] = "0.005:80",
-        levels: Annotated[
-            int,
-            typer.Option(min=1, help="Length of the ladder of ncsn.", rich_help_panel=_NET),
-        ] = 10,
-        langevin_steps: Annotated[
-            int,
-            typer.Option(
-                min=1, help="Steps of Langevin a negative (cd, pcd).", rich_help_panel=_NET
-            ),
-        ] = 5,
-        langevin_step: Annotated[
-            float,
-            typer.Option(min=1e-9, help="Their size relative to sigma^2.", rich_help_panel=_NET),
-        ] = 0.1,
-        chains: Annotated[
-            int, typer.Option(min=1, help="Persistent chains (pcd).", rich_help_panel=_NET)
-        ] = 256,
-        ema: Annotated[
-            str | None,
-            typer.Option(
-                metavar="W,W,...",
-                help="Relative widths of averages of the weights to choose among by held-out "
-                "error, also after a finished run.",
-                show_default="the moving average",
-                rich_help_panel=_NET,
-            ),
-        ] = None,
-        samples: Annotated[
-            int,
-            typer.Option(
-                min=0,
-                help="Samples of the finished prior to compare with their nearest training "
-                "images.",
-                rich_help_panel=_CARD,
-            ),
-        ] = 8,
-        shift_mm: Annotated[
-            float,
-            typer.Option(min=0, help="Largest random shift, mm.", rich_help_panel=_DATA),
-        ] = 15.0,
-        batch: Annotated[
-            int, typer.Option(min=1, help="Crops a step.", rich_help_panel=_NET)
-        ] = 16,
-        learning_rate: Annotated[
-            float, typer.Option("--lr", min=1e-8, help="Learning rate.", rich_help_panel=_NET)
-        ] = 1e-3,
-        pixel_mm: Annotated[
-            str,
-            typer.Option(
-                metavar="MIN:MAX",
-                help="Range of pixel sizes, mm.",
-                rich_help_panel=_NET,
-            ),
-        ] = "1.1:2.0",
-        bfloat16: Annotated[
-            bool,
-            typer.Option(
-                "--bfloat16", help="Network arithmetic in bfloat16.", rich_help_panel=_NET
-            ),
-        ] = False,
-        device: Annotated[
-            str, typer.Option(metavar="auto|cpu|cuda", help="Device.", rich_help_panel=_NET)
-        ] = "auto",
-        compile_: Annotated[
-            bool,
-            typer.Option("--compile", help="Compile the network first.", rich_help_panel=_NET),
-        ] = False,
-        workers: Annotated[
-            int | None,
-            typer.Option(
-                min=0,
-                help="Threads that prepare the next batches.",
-                show_default="4 on a GPU, 0 on a CPU",
-                rich_help_panel=_NET,
-            ),
-        ] = None,
-        name: Annotated[
-            str | None,
-            typer.Option(
-                help="Name of the prior.", show_default="the file's", rich_help_panel=_CARD
-            ),
-        ] = None,
-        licence: Annotated[
-            str, typer.Option(help="Licence of the data.", rich_help_panel=_CARD)
-        ] = "",
-        citation: Annotated[
-            str, typer.Option(help="Citation of the data.", rich_help_panel=_CARD)
-        ] = "",
-        orientation: Annotated[
-            Literal["", "axial", "coronal", "sagittal"],
-            typer.Option(
-                help="Plane of the images; a reconstruction in another one is then flagged.",
-                show_default="not stated",
-                rich_help_panel=_CARD,
-            ),
-        ] = "",
-        limits: Annotated[
-            list[str] | None,
-            typer.Option(
-                "--limit",
-                help="A known limit, in a sentence; repeat for more.",
-                show_default=False,
-                rich_help_panel=_CARD,
-            ),
-        ] = None,
-        overwrite: Annotated[
-            bool, typer.Option("--overwrite", help="Replace an existing prior file.")
-        ] = False,
-        as_json: Json = False,
-    ) -> None:
+    def train(how: How) -> None:
         """Train a prior, by default by denoising score matching; resumable, patient-wise."""
-        sources = [_source(text) for text in data]
-        wanted, held_rows = _selection(select or []), _selection(validation_select or [])
-        shape = _widths(widths)
-        low, high = _range("--pixel-mm", pixel_mm, "1.1:2.0")
-        noise, averages = _range("--sigma-range", sigma_range, "0.005:80"), _averages(ema)
-        finest = low / 2 if fine else low
-        if held_rows and validation_data is None:
-            raise usage("--validation-select needs --validation-data")
-        if phantoms and modality != "ct":
-            raise usage("--phantoms are CT images; leave them out for --modality mr")
-        objective = _known(objective)
-        check_file(out, overwrite)
-
-        from inverse.errors import CheckpointError
-        from inverse.priors import NetworkConfig, PriorCard
-        from inverse.training.data import Augmentation, load_images, split_by_patient
-        from inverse.training.loop import TrainConfig
-        from inverse.training.loop import train as fit
-        from inverse.training.parallel import rank
-        from phantoms.slices import chest_slices
-        from recon_cli.pipeline import pick_device
-
-        if out.suffix != ".safetensors":
-            raise CheckpointError(f"a prior file ends in .safetensors, got '{out.name}'")
-        device = pick_device(device)
-        _check_columns(sources, {**wanted, **held_rows}, validation_data)
-        leads = rank() == 0
-        if not leads:
-            VERBOSITY.apply(quiet=True, verbose=False, debug=VERBOSITY.debug)
-        kind: Literal["CT", "MR"] = "CT" if modality == "ct" else "MR"
-        sets: list[ImageSet] = []
-        for source in sources:
-            sets.append(load_images(source.path, kind, select=wanted, weight=source.weight))
-            log(_found(source.path, sets[-1]))
-        if validation_data is not None:
-            held = load_images(validation_data, kind, select=held_rows)
-            log(_found(validation_data, held))
-            out_of_training = set(held.patients)
-            sets = [s.where([p not in out_of_training for p in s.patient]) for s in sets]
-        else:
-            sets, held = _split(sets, seed, split_by_patient)
-        described = [
-            _describe(source, images, licence, citation)
-            for source, images in zip(sources, sets, strict=True)
-        ]
-        if phantoms:
-            first = 1000 * (seed + 1)
-            log(f"drawing {phantoms} phantoms")
-            chests = range(first, first + phantoms)
-            side, pixels = (2 * size, (0.6, 0.95)) if fine else (size, (1.2, 1.9))
-            drawn = chest_slices(chests, size=side, pixel_mm=pixels, weight=phantom_weight)
-            sets.append(replace(drawn, natural=False))
-            described.append(
-                {
-                    "name": "random chest phantoms",
-                    "licence": "made by this toolkit",
-                    "patients": phantoms,
-                    "slices": len(sets[-1]),
-                    "weight": phantom_weight,
-                    "citation": "recon-sde, phantoms.anatomy.thorax",
-                }
-            )
-        log(f"held out: {len(held)} slices, {len(held.patients)} patients")
-        card = PriorCard(
-            name=name or out.stem,
-            modality=kind,
-            unit="HU" if kind == "CT" else "relative",
-            offset=-500.0 if kind == "CT" else 0.5,
-            scale=500.0 if kind == "CT" else 0.5,
-            value_range=(0.0, 0.0),
-            pixel_mm_range=(finest, high),
-            shape=(size, size),
-            sigma_range=noise,
-            training_data=tuple(described),
-            training={"argv": _public_argv()},
-            limits=tuple(limits or ()),
-            orientation=orientation,
-        )
-        config = TrainConfig(
-            steps=steps,
-            objective=objective,
-            network=network,
-            batch=batch,
-            crop=crop,
-            whole=whole,
-            whole_from=whole_from,
-            fine=fine,
-            lr=learning_rate,
-            averages=averages,
-            sigma_range=noise,
-            levels=levels,
-            langevin_steps=langevin_steps,
-            langevin_step=langevin_step,
-            chains=chains,
-            seed=seed,
-            bfloat16=bfloat16,
-            compile=compile_,
-            workers=(4 if device.startswith("cuda") else 0) if workers is None else workers,
-        )
-        spread = samples > 0 and noise[0] < noise[1]  # one level cannot be sampled from
-        check = _sampler(samples, seed, (size, size), device) if spread else None
-        with _Progress() as watch:
-            done = fit(
-                sets,
-                held,
-                NetworkConfig(widths=shape, pixel_mm=round(math.sqrt(finest * high), 2)),
-                config,
-                card,
-                run or out.with_suffix(".run"),
-                out,
-                augmentation=Augmentation(size=size, pixel_mm=(low, high), shift_mm=shift_mm),
-                device=device,
-                minutes=minutes,
-                draw=check,
-                callback=watch if leads else None,
-            )
-        if not leads:
-            return
-        summary = {
-            "out": str(out),
-            "name": done.name,
-            "steps": done.training["steps"],
-            "minutes": done.training["minutes"],
-            **{key: done.training[key] for key in _MEASURED if key in done.training},
-            "sha256": done.sha256,
-        }
-        if as_json:
-            print_json(summary)
-            return
-        print(f"{out}: {done.name}, {summary['steps']} steps, {summary['minutes']} minutes")
-        for line in _judged(done.training):
-            print(line)
+        _train(how)
 
 
-_MEASURED = ("validation_rmse", "training_rmse", "memorisation", "average", "neighbours")
+_MEASURED = (
+    "validation_rmse",
+    "training_rmse",
+    "memorisation",
+    "validation_rmse_fine",
+    "training_rmse_fine",
+    "memorisation_fine",
+    "average",
+    "neighbours",
+)
 """What a finished run tells of its prior; keys of the card's ``training``."""
 
 
@@ -562,14 +660,18 @@ def _judged(training: Mapping[str, Any]) -> list[str]:
     def losses(name: str) -> str:
         return ", ".join(f"{k}: {v:.4g}" for k, v in training[name].items())
 
-    lines = [f"held-out RMSE by noise level (prior units): {losses('validation_rmse')}"]
-    if "training_rmse" in training:
-        gap = training["memorisation"]
-        verdict = "ALARM, the prior may repeat its images" if gap["alarm"] else "no alarm"
-        lines += [
-            f"the same of training patients:               {losses('training_rmse')}",
-            f"memorisation gap: {gap['ratio']:.3f} ({verdict}; {gap['rule']})",
-        ]
+    lines = []
+    for suffix, grid in (("", ""), ("_fine", ", finer grid")):
+        if f"validation_rmse{suffix}" in training:
+            text = losses(f"validation_rmse{suffix}")
+            lines.append(f"held-out RMSE by noise level (prior units{grid}): {text}")
+        if f"training_rmse{suffix}" in training:
+            gap = training[f"memorisation{suffix}"]
+            verdict = "ALARM, the prior may repeat its images" if gap["alarm"] else "no alarm"
+            lines += [
+                f"the same of training patients:               {losses(f'training_rmse{suffix}')}",
+                f"memorisation gap: {gap['ratio']:.3f} ({verdict}; {gap['rule']})",
+            ]
     if "average" in training:
         tried = ", ".join(f"{k}: {v:.4g}" for k, v in training["average"]["held_out_rmse"].items())
         lines.append(f"average of the weights: {training['average']['chosen']} of {tried}")
@@ -626,17 +728,17 @@ def _check_columns(
         )
 
 
-def _split(
-    sets: Sequence[ImageSet], seed: int, split: Any, fraction: float = 0.1
-) -> tuple[list[ImageSet], ImageSet]:
+def _split(sets: Sequence[ImageSet], seed: int) -> tuple[list[ImageSet], ImageSet]:
     """A tenth of all patients for validation, none of them in any training set."""
+    from inverse.training.data import split_by_patient
+
     merged = replace(
         sets[0],
         images=tuple(i for s in sets for i in s.images),
         pixel_mm=tuple(p for s in sets for p in s.pixel_mm),
         patient=tuple(p for s in sets for p in s.patient),
     )
-    _, held = split(merged, fraction, seed)
+    _, held = split_by_patient(merged, _HELD, seed)
     out = set(held.patients)
     kept = [s.where([p not in out for p in s.patient]) for s in sets]
     return kept, held
@@ -662,6 +764,7 @@ class _Progress:
         self._last = 0.0
         self._loss = 0.0
         self._images = 0
+        self._open: int | None = None  # the warm-up of a run whose length is not settled
 
     def __enter__(self) -> _Progress:
         return self
@@ -685,6 +788,12 @@ class _Progress:
             self._first = (step, seconds)
         else:
             self._images += record["images"]
+        if self._open and "open" not in record:
+            log(
+                f"the time holds {steps} steps; in place of --minutes, --steps {steps} "
+                f"--warmup {self._open} would repeat this run"
+            )
+        self._open = record["warmup"] if "open" in record else None
         pause = 1.0 if self._moving else 30.0
         checked = record.get("validation")
         if seconds - self._last < pause and not checked and step < steps:
@@ -694,12 +803,13 @@ class _Progress:
         rate = (step - self._first[0]) / passed
         left = (steps - step) / rate / 60 if rate > 0 else float("nan")
         text = (
-            f"step {step} of {steps}, loss {self._loss:.4f}, {rate:.2f} steps/s, "
-            f"{self._images / passed:.1f} images/s, "
-            f"{left:.0f} min left"
+            f"step {step} of {'about ' if self._open else ''}{steps}, loss {self._loss:.4f}, "
+            f"{rate:.2f} steps/s, {self._images / passed:.1f} images/s, {left:.0f} min left"
         )
-        if checked:
-            text += "; held-out RMSE " + ", ".join(f"{k}: {v:.4g}" for k, v in checked.items())
+        for name, grid in (("validation", ""), ("validation_fine", " on the finer grid")):
+            if found := record.get(name):
+                losses = ", ".join(f"{k}: {v:.4g}" for k, v in found.items())
+                text += f"; held-out RMSE{grid} {losses}"
         if "memorisation" in record:
             text += f"; gap to training patients {record['memorisation']['ratio']:.3f}"
         if self._moving and not checked:

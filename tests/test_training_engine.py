@@ -7,9 +7,11 @@ import errno
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +25,7 @@ from test_training import CARD, CONFIG, NETWORK, Kill, energy_config, images, ru
 from torch import nn
 
 from inverse.errors import InputError, NoInputError, ReconError, UnsupportedError
-from inverse.priors import GaussianPrior, load_prior
+from inverse.priors import GaussianPrior, PriorCard, load_prior
 from inverse.training.data import Augmentation, ImageSet, draw_batch, load_images, on_grid
 from inverse.training.ema import (
     Average,
@@ -34,7 +36,8 @@ from inverse.training.ema import (
     power_exponent,
     profile,
 )
-from inverse.training.loop import TrainConfig, _draw, _Task, train
+from inverse.training.judge import Judge
+from inverse.training.loop import Task, TrainConfig, _draw, train
 from inverse.training.memorisation import gap, nearest_neighbours
 from inverse.training.parallel import Team
 
@@ -63,7 +66,7 @@ def test_the_stated_share_of_steps_runs_on_the_finer_grid_from_fine_images_only(
     fine = dataclasses.replace(images(2, 2, n=96, seed=5), pixel_mm=(0.6,) * 4)
     moves = Augmentation(size=16, pixel_mm=(1.0, 2.0))
     config = TrainConfig(steps=1000, batch=2, crop=16, fine=0.3)
-    task = _Task([coarse, fine], coarse, moves, CARD, config, NETWORK, ALONE)
+    task = Task([coarse, fine], coarse, moves, CARD, config, NETWORK, ALONE)
     drawn = [_draw(task, step).batch for step in range(300)]
     # coarse grids have pixels from 1 mm on, fine ones up to 1 mm; both come whole and in crops
     finer = [b for b in drawn if float(b.pixel_mm.max()) < 1.0]
@@ -99,6 +102,44 @@ def test_fine_needs_fine_images_and_widens_the_card(
     prior = load_prior(tmp_path / "f.safetensors")
     assert prior.card.pixel_mm_range == (0.55, 2.0)
     assert prior.net.config.pixel_mm == round(math.sqrt(0.55 * 2), 2)
+
+
+def test_both_grids_are_judged_where_held_out_images_are_fine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def fine(data: ImageSet) -> ImageSet:
+        return dataclasses.replace(data, pixel_mm=(0.6,) * len(data))
+
+    def trained(name: str, held: ImageSet, config: TrainConfig, moves: Augmentation) -> PriorCard:
+        card = dataclasses.replace(CARD, shape=(16, 16))
+        out = tmp_path / f"{name}.safetensors"
+        own = [fine(images(n=64)), images(n=16, seed=3)]
+        return train(own, held, NETWORK, config, card, tmp_path / name, out, augmentation=moves)
+
+    moves = Augmentation(size=16, pixel_mm=(1.0, 2.0))
+    config = dataclasses.replace(
+        CONFIG, steps=3, fine=0.5, crop=8, sigma_range=(0.1, 0.5), averages=(0.2,)
+    )
+    held = fine(images(n=64, seed=9))
+    card = trained("both", held, config, moves)
+    keys = {"validation", "training", "memorisation"}
+    judged = log(tmp_path / "both")[2]
+    assert {k for k in judged if k.startswith(tuple(keys))} == keys | {f"{k}_fine" for k in keys}
+    # the finer grid is one of 32 x 32 pixels from 0.5 mm on, and the errors are those of it
+    task = Task([held], held, moves, card, config, NETWORK, ALONE)
+    coarse, finer = Judge(task)._grids
+    assert finer.held.images.shape[1:] == (32, 32)
+    assert float(finer.held.pixel_mm.max()) <= 1.0 <= float(coarse.held.pixel_mm.min())
+    both = [card.training[f"validation_rmse{s}"] for s in ("", "_fine")]
+    assert both[0] != both[1]
+    geometric = np.exp(np.mean(np.log([v for errors in both for v in errors.values()])))
+    choice = card.training["average"]
+    assert choice["held_out_rmse"][choice["chosen"]] == pytest.approx(geometric, rel=1e-3)
+    assert recon("priors", "show", tmp_path / "both.safetensors") == 0
+    assert "validation_rmse_fine" in capsys.readouterr().out
+    plain = trained("coarse", images(n=16, seed=9), dataclasses.replace(config, steps=1), moves)
+    assert "validation_rmse_fine" not in plain.training
+    assert "too coarse for the finer grid" in caplog.text
 
 
 # --- several processes -------------------------------------------------------------------------
@@ -481,6 +522,46 @@ def test_a_mixed_folder_is_read_and_what_is_left_out_is_counted(tmp_path: Path) 
         "file that is not DICOM, NIfTI, npz or HDF5": 1,
         "slice of modality MR": 2,
     }
+
+
+def test_a_zip_archive_is_read_like_a_folder(tmp_path: Path) -> None:
+    from phantoms.series import write_phantom_series
+
+    rng = np.random.default_rng(0)
+    for seed in (1, 2):
+        volume = rng.normal(0, 50, (3, 16, 16)).astype(np.float32)
+        write_phantom_series(tmp_path / "in" / str(seed), volume, (3.0, 1.5, 1.5), seed=seed)
+    (tmp_path / "in" / "note.txt").write_text("hello")
+    packed = tmp_path / "in.zip"
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted((tmp_path / "in").rglob("*")):
+            archive.write(path, path.relative_to(tmp_path / "in"))
+    whole, folder = load_images(packed, "CT"), load_images(tmp_path / "in", "CT")
+    assert whole.patients == folder.patients
+    assert sorted(map(bytes, whole.images)) == sorted(map(bytes, folder.images))
+    assert whole.skipped == folder.skipped == {"file that is not DICOM, NIfTI, npz or HDF5": 1}
+    # a byte of one member's pixels is wrong, another member ends early
+    with zipfile.ZipFile(packed) as archive:
+        infos = [i for i in archive.infolist() if i.filename.endswith(".dcm")]
+    content = bytearray(packed.read_bytes())
+    content[infos[1].header_offset + 200 + infos[1].compress_size // 2] ^= 0xFF
+    packed.write_bytes(content)
+    with zipfile.ZipFile(packed, "a") as archive:
+        end = next((tmp_path / "in" / "1").glob("*.dcm")).read_bytes()[:-100]
+        archive.writestr("short.dcm", end)
+    damaged = load_images(packed, "CT")
+    assert len(damaged) == 5
+    assert damaged.skipped["zip member that cannot be used"] == 2
+    (tmp_path / "both").mkdir()
+    packed.rename(tmp_path / "both" / "a.zip")
+    assert len(load_images(tmp_path / "both", "CT")) == 5
+    # without its directory it is no archive, and is told so before the first step
+    cut = tmp_path / "cut.zip"
+    cut.write_bytes(content[:-400])
+    with pytest.raises(InputError, match=r"'cut\.zip' is a damaged zip archive"):
+        load_images(cut, "CT")
+    shutil.copy(cut, tmp_path / "both" / "cut.zip")
+    assert load_images(tmp_path / "both", "CT").skipped["zip file that cannot be used"] == 1
 
 
 def test_unusable_files_and_too_few_images_are_told_with_their_exit_codes(

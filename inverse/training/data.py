@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from inverse.errors import InputError, NoInputError
-from inverse.training.files import Slices, read_slices
+from inverse.training.files import Plane, Slices, read_slices
 
 __all__ = [
     "Augmentation",
     "Batch",
     "ImageSet",
     "draw_batch",
+    "fine_enough",
     "load_images",
     "on_grid",
     "split_by_patient",
@@ -94,6 +95,7 @@ def load_images(
     *,
     select: Mapping[str, Sequence[str]] | None = None,
     weight: float = 1.0,
+    plane: Plane | None = None,
 ) -> ImageSet:
     """Usable slices of one modality in a file, an archive or a folder, and what was left out.
 
@@ -106,13 +108,15 @@ def load_images(
             99.5th percentile of its positive values).
         select: for stacks with a table, keep rows whose column has one of the values.
         weight: see :class:`ImageSet`.
+        plane: leave slices of other planes out, or cut volumes anew; see
+            :func:`inverse.training.files.read_slices`.
 
     Raises:
         NoInputError: nothing at ``path`` or nothing usable left after selection.
         InputError: a named file that does not fit the description of its format.
     """
     path = Path(path)
-    found = read_slices(path, modality, select)
+    found = read_slices(path, modality, select, plane)
     usable = _usable(found, modality)
     if not any(usable):
         counts = ", ".join(f"{n} x {reason}" for reason, n in sorted(found.skipped.items()))
@@ -210,6 +214,8 @@ class Augmentation:
         shift_mm: largest shift.
         zoom: largest relative change of scale where the pixel size cannot vary.
         flip: mirror left and right (changes laterality: off unless asked for).
+        slabs: rows of a crop count as all that there are, as in a coronal or sagittal section,
+            which has a row for each slice of a scan of any length.
     """
 
     size: int = 256
@@ -218,6 +224,7 @@ class Augmentation:
     shift_mm: float = 15.0
     zoom: float = 0.1
     flip: bool = False
+    slabs: bool = False
 
     def still(self) -> Augmentation:
         """The same grid without motion beyond the resampling to it."""
@@ -304,10 +311,19 @@ def draw_batch(
         rows, cols = (
             (torch.arange(side, dtype=torch.float32) + c + 0.5) * 2 / a.size - 1 for c in corner
         )
+        if a.slabs:
+            rows = (torch.arange(side, dtype=torch.float32) + 0.5) * 2 / side - 1
         positions.append(torch.stack(torch.meshgrid(rows, cols, indexing="ij")))
     if not images:
         return Batch(torch.empty(0, side, side), torch.empty(0), torch.empty(0, 2, side, side))
     return Batch(torch.stack(images), torch.tensor(pixels), torch.stack(positions))
+
+
+def fine_enough(sets: Sequence[ImageSet], augmentation: Augmentation) -> list[ImageSet]:
+    """The images whose own pixels lie within the finer grid's range."""
+    largest = augmentation.finer().pixel_mm[1]
+    kept = [s.where([p <= largest for p in s.pixel_mm]) for s in sets]
+    return [s for s in kept if len(s)]
 
 
 def on_grid(images: ImageSet, augmentation: Augmentation) -> Tensor:

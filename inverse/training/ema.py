@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from inverse.errors import ReconError
+from inverse.errors import InputError
 
 __all__ = [
     "Average",
@@ -53,10 +53,10 @@ def power_exponent(sigma_rel: float) -> float:
     :math:`s = \sigma_{rel}^{-2}`.
 
     Raises:
-        ReconError: a width outside (0, 0.288), that of the plain mean of all steps.
+        InputError: a width outside (0, 0.288), that of the plain mean of all steps.
     """
     if not 0 < sigma_rel < 12**-0.5:
-        raise ReconError(
+        raise InputError(
             f"the relative width of an average must be above 0 and below 0.288 (the mean of the "
             f"whole run), got {sigma_rel:g}"
         )

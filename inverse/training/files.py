@@ -1,32 +1,43 @@
 """Training slices out of files: DICOM, NIfTI, npz and HDF5 stacks, and folders that mix them.
 
-A named file that cannot be used is an error.  In a folder, what cannot be used is counted by
-reason and left out, so that one damaged file does not stop a training run; nothing that tells a
-patient reaches a reason.
+A named file that cannot be used is an error.  In a folder or a zip archive, what cannot be used
+is counted by reason and left out, so that one damaged file does not stop a training run; nothing
+that tells a patient reaches a reason.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import logging
 import os
+import tempfile
+import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from inverse.errors import InputError, NoInputError, ReconError, ResourceError
 
-__all__ = ["Slices", "read_slices"]
+if TYPE_CHECKING:
+    from inverse.io.dicom import Series
+    from inverse.io.dicom_files import Source
+
+__all__ = ["Plane", "Slices", "read_slices"]
 
 logger = logging.getLogger(__name__)
 
 Modality = Literal["CT", "MR"]
+Plane = Literal["axial", "coronal", "sagittal"]
 _MAX_BYTES = 1 << 32
+_ZYX = (2, 1, 0)  # patient coordinates in the order of a volume's axes
+_ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # begins with a member, or is empty
 
 
 @dataclass
@@ -56,7 +67,10 @@ class Slices:
 
 
 def read_slices(
-    path: Path, modality: Modality, select: Mapping[str, Sequence[str]] | None = None
+    path: Path,
+    modality: Modality,
+    select: Mapping[str, Sequence[str]] | None = None,
+    plane: Plane | None = None,
 ) -> Slices:
     """All slices of one modality in a file, a zip archive of DICOM, or a folder (all levels).
 
@@ -69,6 +83,9 @@ def read_slices(
         modality: what is wanted; NIfTI without a sidecar is taken to be it.
         select: keep rows of tables whose column has one of the values; a table without the
             column keeps all.
+        plane: wanted plane, of formats that tell it.  Slices of others are left out, but a NIfTI
+            volume whose voxels are cubes to 5 % is cut into slices of that plane, with the
+            patient's right, front and feet first.
 
     Raises:
         NoInputError: nothing there.
@@ -81,7 +98,7 @@ def read_slices(
             "HDF5 file"
         )
     if path.is_file():
-        _read_file(path, modality, select or {}, found, path.stem)
+        _read_file(path, modality, select or {}, plane, found, path.stem)
         return found
     files = _listed(path, found.skipped)
     if not files:
@@ -89,7 +106,7 @@ def read_slices(
     names = _volume_names(path, [f for f in files if _kind(f) == "NIfTI"])
     for file in files:
         try:
-            _read_file(file, modality, select or {}, found, names.get(file, file.stem))
+            _read_file(file, modality, select or {}, plane, found, names.get(file, file.stem))
         except ResourceError:
             raise
         except ReconError as error:
@@ -113,13 +130,16 @@ def _listed(root: Path, skipped: Counter[str]) -> list[Path]:
     return sorted(files)
 
 
-def _kind(path: Path) -> Literal["npz", "HDF5", "NIfTI", "DICOM"]:
-    """The reader of a file, told by its content but for npz (whose zip DICOM shares)."""
+def _kind(path: Path) -> Literal["npz", "HDF5", "zip", "NIfTI", "DICOM"]:
+    """The reader of a file, told by its content but for npz (which is a zip, too)."""
     if path.suffix == ".npz":
         return "npz"
     with path.open("rb") as stream:
-        if stream.read(8) == b"\x89HDF\r\n\x1a\n":
-            return "HDF5"
+        start = stream.read(8)
+    if start == b"\x89HDF\r\n\x1a\n":
+        return "HDF5"
+    if start[:4] in _ZIP or path.suffix == ".zip":
+        return "zip"
     if ".nii" in path.suffixes:
         return "NIfTI"
     return "DICOM"
@@ -129,6 +149,7 @@ def _read_file(
     path: Path,
     modality: Modality,
     select: Mapping[str, Sequence[str]],
+    plane: Plane | None,
     found: Slices,
     name: str,
 ) -> None:
@@ -139,9 +160,11 @@ def _read_file(
     elif kind == "HDF5":
         _read_hdf5(path, select, found, name)
     elif kind == "NIfTI":
-        _read_nifti(path, modality, found, name)
+        _read_nifti(path, modality, plane, found, name)
+    elif kind == "zip":
+        _read_zip(path, modality, plane, found)
     else:
-        _read_dicom(path, modality, found)
+        _read_dicom(path, modality, plane, found)
 
 
 def _read_npz(path: Path, select: Mapping[str, Sequence[str]], found: Slices) -> None:
@@ -240,7 +263,9 @@ def _subject(parts: Sequence[str]) -> str:
     return next((p.split("_")[0].split(".")[0] for p in parts if p.startswith("sub-")), "")
 
 
-def _read_nifti(path: Path, modality: Modality, found: Slices, name: str) -> None:
+def _read_nifti(
+    path: Path, modality: Modality, plane: Plane | None, found: Slices, name: str
+) -> None:
     from inverse.io.nifti import inspect_nifti, read_nifti
 
     patient = _subject((path.name,)) or name.split(".nii")[0]
@@ -249,13 +274,42 @@ def _read_nifti(path: Path, modality: Modality, found: Slices, name: str) -> Non
             found.skipped[f"slice of modality {stack.modality}"] += stack.slices
             continue
         series = read_nifti(path, modality, stack.key, max_bytes=_MAX_BYTES)
+        if plane is not None and (native := _plane(series.orientation)) != plane:
+            if not np.allclose(series.spacing, series.spacing[0], rtol=0.05):
+                found.skipped[f"{native} slice of voxels that are no cubes"] += len(series.array)
+                continue
+            pixel = float(np.mean(series.spacing))
+            found.add(_cut(series, plane), pixel, patient, f"{path}:{stack.key}")
+            continue
         if not np.isclose(series.spacing[1], series.spacing[2], rtol=0.01):
             found.skipped["slice with pixels that are not square"] += len(series.array)
             continue
         found.add(series.array, float(series.spacing[1]), patient, f"{path}:{stack.key}")
 
 
-def _read_dicom(path: Path, modality: Modality, found: Slices) -> None:
+def _plane(orientation: Sequence[float]) -> Plane:
+    """The plane nearest to a stack's, by the cosines of its rows and columns in LPS."""
+    normal = np.cross(orientation[:3], orientation[3:])
+    planes: tuple[Plane, ...] = ("sagittal", "coronal", "axial")
+    return planes[int(np.abs(normal).argmax())]
+
+
+def _cut(series: Series, plane: Plane) -> NDArray[np.float32]:
+    """A volume as slices of another plane, each with feet or front, and right, first."""
+    along_row, along_column = np.reshape(series.orientation, (2, 3))
+    axes = np.stack([series.positions[-1] - series.positions[0], along_column, along_row])
+    axes /= np.maximum(np.linalg.norm(axes, axis=1, keepdims=True), 1e-9)
+
+    def along(order: tuple[int, ...]) -> float:
+        return float(sum(abs(axes[i, k]) for i, k in zip(order, _ZYX, strict=True)))
+
+    z, y, x = order = max(itertools.permutations(range(3)), key=along)
+    flipped = tuple(i for i, k in zip(order, _ZYX, strict=True) if axes[i, k] < 0)
+    wanted = {"axial": (z, y, x), "coronal": (y, z, x), "sagittal": (x, z, y)}
+    return np.ascontiguousarray(np.flip(series.array, flipped).transpose(wanted[plane]))
+
+
+def _read_dicom(path: Path, modality: Modality, plane: Plane | None, found: Slices) -> None:
     from inverse.io.dicom import inspect, read_series
 
     content = inspect(path)
@@ -272,8 +326,48 @@ def _read_dicom(path: Path, modality: Modality, found: Slices) -> None:
             found.skipped[reason] += stack.slices
             continue
         series = read_series(path, stack=stack.key)
+        if plane is not None and (native := _plane(series.orientation)) != plane:
+            found.skipped[f"{native} slice"] += len(series.array)
+            continue
         if not np.isclose(series.spacing[1], series.spacing[2], rtol=0.01):
             found.skipped["slice with pixels that are not square"] += len(series.array)
             continue
         key = series.patient_key
         found.add(series.array, float(series.spacing[1]), key, f"{key}:{stack.series}")
+
+
+def _read_zip(path: Path, modality: Modality, plane: Plane | None, found: Slices) -> None:
+    """Add what can be read of an archive, member by member as of a folder.
+
+    A member lies on disk, for its owner alone, while it is read.
+
+    Raises:
+        InputError: the archive's directory is damaged, or it claims to unpack to too much.
+    """
+    from inverse.io.dicom_files import guarded, open_sources
+
+    if not zipfile.is_zipfile(path):
+        raise InputError(
+            f"'{path.name}' is a damaged zip archive: its directory is missing or broken; make it "
+            "again"
+        )
+    with (
+        open_sources(path, found.skipped, _MAX_BYTES) as sources,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        member = Path(folder, "member")
+        for source in sources:
+            try:
+                content = guarded(partial(_bytes, source), source.label, "unpack it")
+                member.write_bytes(content)
+                _read_dicom(member, modality, plane, found)
+            except ResourceError:
+                raise
+            except ReconError as error:
+                logger.info("left out of '%s': %s", path.name, error)
+                found.skipped["zip member that cannot be used"] += 1
+
+
+def _bytes(source: Source) -> bytes:
+    with source.open() as stream:
+        return stream.read()

@@ -8,10 +8,13 @@ count; several processes (:mod:`inverse.training.parallel`) end in the same weig
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import json
 import logging
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,15 +28,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inverse.errors import InputError, NumericalError, ReconError, UnsupportedError
+from inverse.errors import InputError, NumericalError, UnsupportedError
 from inverse.priors.checkpoint import NetworkPrior, PriorCard, load_prior, save_prior, update_card
-from inverse.priors.denoiser import Denoiser, expand
-from inverse.priors.energy import edm_energy, energy_score
-from inverse.priors.network import NetworkConfig, UNet, edm_denoise, position_channels
-from inverse.training.data import Augmentation, Batch, ImageSet, draw_batch, on_grid
+from inverse.priors.denoiser import Denoiser
+from inverse.priors.network import NetworkConfig, UNet
+from inverse.training.budget import Plan, Progress
+from inverse.training.data import Augmentation, Batch, ImageSet, draw_batch, fine_enough
 from inverse.training.ema import Average, half_life, power
-from inverse.training.memorisation import gap, nearest_neighbours
-from inverse.training.objectives import OBJECTIVES, Model, Objective, Perturbed, Setting
+from inverse.training.judge import Judge, choose_average, model_of
+from inverse.training.objectives import OBJECTIVES, Objective, Perturbed, Setting
 from inverse.training.parallel import Team, team
 from inverse.training.state import SNAPSHOTS, RunState, read_state
 
@@ -41,9 +44,10 @@ __all__ = ["TrainConfig", "train"]
 
 logger = logging.getLogger(__name__)
 
-VALIDATION_LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 FEWEST, FEW = 4, 50
 """Training slices below which a run is refused, and below which it is warned of."""
+TRIALS = 3
+"""Timed trial steps of each kind, whose median counts."""
 SLOW_AVERAGE = 0.2
 """Relative width of the second average that is tracked; see :mod:`inverse.training.ema`."""
 
@@ -53,7 +57,7 @@ class TrainConfig:
     """Settings of a training run.
 
     Attributes:
-        steps: optimiser steps of the whole run.
+        steps: optimiser steps of the whole run; ``None`` for as many as a time holds.
         objective: a name of :data:`inverse.training.objectives.OBJECTIVES`.
         network: what the network puts out: ``"score"`` (a denoiser), or ``"energy"``, whose
             gradient is the score.
@@ -65,7 +69,7 @@ class TrainConfig:
             the images that are fine enough for it.
         lr: learning rate of Adam after ``warmup`` steps; over the last ``decay`` share of the run
             it falls linearly to zero.
-        warmup: steps.
+        warmup: steps; at most a tenth of those that a time holds.
         decay: share.
         ema: half-life of the weights' moving average, as a share of the steps done so far.
         averages: relative widths of other averages (:func:`inverse.training.ema.power`); the one
@@ -86,7 +90,7 @@ class TrainConfig:
         save_every: steps between state files.
     """
 
-    steps: int = 10_000
+    steps: int | None = 10_000
     objective: str = "dsm"
     network: Literal["score", "energy"] = "score"
     batch: int = 16
@@ -130,6 +134,7 @@ def train(
     exact: Denoiser | None = None,
     draw: Callable[[NetworkPrior], Tensor] | None = None,
     callback: Callable[[int, int, Mapping[str, Any]], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> PriorCard:
     """Train a prior by the chosen objective and write it.
 
@@ -145,20 +150,29 @@ def train(
         out: prior file to write.
         augmentation: motions; default :class:`Augmentation` for the card's matrix.
         device: where to train; under ``torchrun``, ``cuda`` is the process's own GPU.
-        minutes: stop after this time, with the state kept for a resume; the prior written is
-            the moving average so far.
+        minutes: with ``config.steps``: stop after this time, with the state kept for a resume;
+            the prior written is the moving average so far.  Without: the time of the whole run,
+            its resumptions, validations and the choice of an average included (``draw`` comes on
+            top), which the steps are made to fill, and to exceed by 5 % at most
+            (:mod:`inverse.training.budget`).  The card's settings then tell the steps and the
+            warm-up; a run of these has the same weights, which no second run of that time will
+            have.
         exact: the images' own distribution where it is known; its error by noise level, the least
             possible, is logged beside the held-out one.
         draw: samples ``(n, h, w)`` in physical units from the finished prior, for the
             nearest-neighbour check on the card.
-        callback: called as ``callback(step, steps, record)`` after every step, on every process.
+        callback: called as ``callback(step, steps, record)`` after every step, on every process;
+            of a run whose length is not settled yet, ``steps`` is an estimate and
+            ``record["open"]`` true.
+        clock: seconds.
 
     Returns:
         The card with hash, losses and settings filled in.
 
     Raises:
         InputError: too few images, images with NaN, or a state of other settings in ``run``.
-        ReconError: an unknown objective, or noise levels that are not positive.
+        InputError: an unknown objective, noise levels that are not positive, or neither steps nor
+            minutes.
         UnsupportedError: an objective that does not serve these images, this network, several
             processes or compilation.
         NumericalError: if the loss is not finite or negatives diverge.
@@ -166,8 +180,8 @@ def train(
     sets = [s for s in sets if len(s)]
     moves = augmentation or Augmentation(size=card.shape[0], pixel_mm=card.pixel_mm_range)
     _check_images(sets, validation)
-    _check_objective(config, moves)
-    if config.fine and not _fine_enough(sets, moves):
+    _check_config(config, moves, minutes)
+    if config.fine and not fine_enough(sets, moves):
         raise InputError(
             f"fine={config.fine:g} needs images with pixels of at most "
             f"{moves.finer().pixel_mm[1]:g} mm, got none; leave it at 0 or add finer images"
@@ -177,12 +191,13 @@ def train(
     with team(torch.device(device)) as crew:
         start = draw_batch(sets, moves, 64, None, torch.Generator().manual_seed(config.seed))
         network = dataclasses.replace(network, sigma_data=_std(start, card))
-        task = _Task(sets, validation, moves, card, config, network, crew)
-        return _train(task, Path(run), Path(out), minutes, exact, draw, callback)
+        task = Task(sets, validation, moves, card, config, network, crew)
+        budget = math.inf if minutes is None else 60 * minutes
+        return _train(task, Path(run), Path(out), budget, exact, draw, callback, clock)
 
 
 @dataclass(frozen=True)
-class _Task:
+class Task:
     """What is trained, on what, and by which processes."""
 
     sets: Sequence[ImageSet]
@@ -193,15 +208,21 @@ class _Task:
     network: NetworkConfig
     crew: Team
 
+    def planned(self, plan: Plan) -> Task:
+        """The run with the length and the warm-up of a plan."""
+        config = dataclasses.replace(self.config, steps=plan.steps, warmup=plan.warmup)
+        return dataclasses.replace(self, config=config)
+
 
 def _train(
-    task: _Task,
+    task: Task,
     run: Path,
     out: Path,
-    minutes: float | None,
+    budget: float,
     exact: Denoiser | None,
     draw: Callable[[NetworkPrior], Tensor] | None,
     callback: Callable[[int, int, Mapping[str, Any]], None] | None,
+    clock: Callable[[], float],
 ) -> PriorCard:
     """:func:`train` on one of the processes, after the checks that need no network."""
     config, crew = task.config, task.crew
@@ -238,49 +259,76 @@ def _train(
         state.tidy(run)
     if config.compile:
         net.compile(dynamic=False)
-    judge = _Judge(task)
+    judge = Judge(task)
     log = run / "log.jsonl"
-    before, started = state.seconds, time.monotonic()
+    before = state.seconds
+    started = clock() - before
     checked: dict[str, Any] = {}
-    with _batches(task, state.step) as batches:
-        while state.step < config.steps:
-            if minutes is not None and crew.any(time.monotonic() - started > 60 * minutes):
+
+    def advance(drawn: _Drawn, rate: float) -> tuple[float, float]:
+        """One step of the optimiser; the loss and the norm of its gradient."""
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        optimiser.zero_grad(set_to_none=True)
+        loss = _loss(net, objective, drawn, task)
+        if loss.requires_grad:
+            loss.backward()
+        value = float(crew.add(loss.detach(), net.parameters()))
+        norm = float(torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip))
+        if own:
+            torch.nn.utils.clip_grad_norm_(own, config.clip)
+        if not math.isfinite(value) or not math.isfinite(norm):
+            raise NumericalError(
+                f"training loss is not finite at step {state.step} (loss {value}, gradient "
+                f"{norm}); lower the learning rate or check the images; the last state file "
+                "is intact"
+            )
+        optimiser.step()
+        return value, norm
+
+    plan: Plan | None = None
+    if config.steps is None:
+        if state.plan is None:
+            with _untouched(net, objective, optimiser):
+                state.plan = crew.from_first(_plan(task, judge, state, advance, budget, clock))
+        plan = state.plan
+        task = task.planned(plan)
+    with _Feed(config.workers) as feed:
+        while (end := task.config.steps) is None or state.step < end:
+            done = Progress(state.step, clock() - started, state.expected)
+            if plan and end is None and crew.any(plan.due(budget, done)):
+                plan = state.plan = crew.from_first(plan.settle(budget, done))
+                task = task.planned(plan)
+                continue
+            over = plan.over(budget, done) if plan else done.seconds - before > budget
+            if budget < math.inf and crew.any(over):
                 break
-            begun = time.monotonic()
-            rate = _learning_rate(state.step, config)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            optimiser.zero_grad(set_to_none=True)
-            images = next(batches)
-            loss = _loss(net, objective, images, task)
-            if loss.requires_grad:
-                loss.backward()
-            value = float(crew.add(loss.detach(), net.parameters()))
-            norm = float(torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip))
-            if own:
-                torch.nn.utils.clip_grad_norm_(own, config.clip)
-            if not math.isfinite(value) or not math.isfinite(norm):
-                raise NumericalError(
-                    f"training loss is not finite at step {state.step} (loss {value}, gradient "
-                    f"{norm}); lower the learning rate or check the images; the last state file "
-                    "is intact"
-                )
-            optimiser.step()
+            begun = clock()
+            rate = _learning_rate(state.step, task.config)
+            drawn = feed(task, state.step)
+            value, norm = advance(drawn, rate)
             state.step += 1
             for average in averages.values():
                 average.update(net, state.step)
-            now = time.monotonic()
-            state.seconds = before + now - started
+            now = clock()
             record: dict[str, Any] = {
                 "step": state.step,
+                "steps": end,
                 "loss": value,
                 "lr": rate,
                 "gradient": norm,
-                "seconds": state.seconds,
-                "images": images.count,
-                "images_per_second": images.count / max(now - begun, 1e-9),
+                "seconds": now - started,
+                "images": drawn.count,
+                "images_per_second": drawn.count / max(now - begun, 1e-9),
             }
-            last = state.step == config.steps
+            if plan:
+                state.expected += plan.costs[drawn.kind]
+            if plan and end is None:
+                done = Progress(state.step, now - started, state.expected)
+                steps = math.ceil(plan.length(budget, done))
+                record |= {"steps": steps, "open": True, "warmup": plan.warmup}
+            steps = int(record["steps"])
+            last = state.step == end
             validates = first and (last or state.step % config.validate_every == 0)
             checked = judge.report(averages["ema"].weights, exact) if validates else {}
             record |= checked
@@ -288,15 +336,24 @@ def _train(
                 with log.open("a") as file:
                     file.write(json.dumps(record) + "\n")
             if callback is not None:
-                callback(state.step, config.steps, record)
-            if first and state.step % max(1, config.steps // SNAPSHOTS) == 0 and not last:
+                callback(state.step, steps, record)
+            state.seconds = clock() - started
+            length = plan.length(budget) if plan and end is None else steps
+            if first and state.step % max(1, length // SNAPSHOTS) == 0 and not last:
                 state.snapshot(run)
             if first and state.step % config.save_every == 0 and not last:
                 state.save(run)
+    if plan and state.step < (task.config.steps or math.inf):
+        logger.warning(
+            "the time was over at step %d of %d, before the learning rate was at zero: the "
+            "machine has slowed down; give the steps in place of the minutes to finish the run",
+            state.step,
+            task.config.steps,
+        )
     if first:
-        state.seconds = before + time.monotonic() - started
+        state.seconds = clock() - started
         state.save(run)
-        weights, chosen = _choose_average(state, run, judge, config)
+        weights, chosen = choose_average(state, run, judge, config)
         if not checked or chosen:
             checked = judge.report(weights, exact)
         card = _write_prior(task, state, weights, {**checked, **chosen}, out)
@@ -306,8 +363,70 @@ def _train(
     return crew.from_first(card if first else task.card)
 
 
+@contextmanager
+def _untouched(
+    net: UNet, objective: Objective, optimiser: torch.optim.Optimizer
+) -> Iterator[None]:
+    """Leave them as they were."""
+    parts: tuple[Any, ...] = (net, objective, optimiser)
+    kept = [copy.deepcopy(part.state_dict()) for part in parts]
+    yield
+    for part, state in zip(parts, kept, strict=True):
+        part.load_state_dict(state)
+
+
+def _plan(
+    task: Task,
+    judge: Judge,
+    state: RunState,
+    advance: Callable[[_Drawn, float], tuple[float, float]],
+    budget: float,
+    clock: Callable[[], float],
+) -> Plan:
+    """What a run costs, by trial steps at the learning rate 0 and a few validation images."""
+    config, start = task.config, clock()
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def cost(fine: bool, whole: bool) -> float:
+        """Seconds of a step; the first one allocates and compiles."""
+        seconds = []
+        for _ in range(1 + TRIALS):
+            begun = clock()
+            advance(_draw_kind(task, fine, whole, generator), 0.0)
+            seconds.append(clock() - begun)
+        return statistics.median(seconds[1:])
+
+    costs: dict[str, float] = {}
+    mixed = late = 0.0
+    for fine, share in ((False, 1 - config.fine), (True, config.fine)):
+        if share:
+            crops, whole = cost(fine, False), cost(fine, True)
+            costs |= {Plan.kind(fine, False): crops, Plan.kind(fine, True): whole}
+            mixed += share * (config.whole * whole + (1 - config.whole) * crops)
+            late += share * whole
+    report, score = judge.seconds(state.averages["ema"].weights, clock)
+    count = len(config.averages)
+    choice = (1 + count) * score + report if count else 0.0
+    plan = Plan(
+        costs=costs,
+        mixed=mixed,
+        whole=late,
+        validation=report,
+        every=config.validate_every,
+        end=report + choice,
+        setup=clock() - start,
+        whole_from=config.whole_from,
+        free=max(0.0, min(1 - config.decay, config.whole_from)),
+        warmup=config.warmup,
+    )
+    steps = plan.length(budget)
+    if steps < FEW:
+        logger.warning("%.3g minutes hold %d steps only; give more", budget / 60, steps)
+    return dataclasses.replace(plan, warmup=max(1, min(config.warmup, int(steps / 10))))
+
+
 def _write_prior(
-    task: _Task,
+    task: Task,
     state: RunState,
     weights: Mapping[str, Tensor],
     measured: Mapping[str, Any],
@@ -321,6 +440,9 @@ def _write_prior(
         "validation": "validation_rmse",
         "training": "training_rmse",
         "memorisation": "memorisation",
+        "validation_fine": "validation_rmse_fine",
+        "training_fine": "training_rmse_fine",
+        "memorisation_fine": "memorisation_fine",
         "floor": "floor_rmse",
         "average": "average",
     }
@@ -365,16 +487,18 @@ def _check_images(sets: Sequence[ImageSet], validation: ImageSet) -> None:
         logger.warning("%d training slices are few; the prior may memorise them", count)
 
 
-def _check_objective(config: TrainConfig, moves: Augmentation) -> None:
-    """Refuse an objective that cannot train this network on these images."""
+def _check_config(config: TrainConfig, moves: Augmentation, minutes: float | None) -> None:
+    """Refuse a run without an end, or an objective that cannot train this network."""
+    if config.steps is None and minutes is None:
+        raise InputError("a run needs a number of steps, or the minutes that it may take")
     low, high = config.sigma_range
     if not 0 < low <= high < math.inf:
-        raise ReconError(
+        raise InputError(
             f"sigma_range must be positive and increasing (equal for one level), got "
             f"{config.sigma_range}"
         )
     if config.objective not in OBJECTIVES:
-        raise ReconError(f"no objective '{config.objective}'; there are {', '.join(OBJECTIVES)}")
+        raise InputError(f"no objective '{config.objective}'; there are {', '.join(OBJECTIVES)}")
     entry = OBJECTIVES[config.objective]
     if entry.network == "energy" and config.network != "energy":
         raise UnsupportedError(
@@ -401,7 +525,7 @@ def _check_objective(config: TrainConfig, moves: Augmentation) -> None:
         )
 
 
-def _objective(task: _Task) -> Objective:
+def _objective(task: Task) -> Objective:
     """The objective of a run; a stateful one starts from training images."""
     config, card = task.config, task.card
     entry = OBJECTIVES[config.objective]
@@ -427,16 +551,11 @@ def _std(batch: Batch, card: PriorCard) -> float:
 
 
 def _learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, constant, linear decay to zero."""
-    left = (config.steps - step) / max(1.0, config.decay * config.steps)
+    """Linear warm-up, constant, linear decay to zero; of a run of open length before its decay."""
+    left = 1.0
+    if config.steps is not None:
+        left = (config.steps - step) / max(1.0, config.decay * config.steps)
     return config.lr * min(1.0, (step + 1) / config.warmup, left)
-
-
-def _fine_enough(sets: Sequence[ImageSet], moves: Augmentation) -> list[ImageSet]:
-    """The images whose own pixels lie within the finer grid's range."""
-    largest = moves.finer().pixel_mm[1]
-    kept = [s.where([p <= largest for p in s.pixel_mm]) for s in sets]
-    return [s for s in kept if len(s)]
 
 
 @dataclass(frozen=True)
@@ -447,61 +566,76 @@ class _Drawn:
         batch: the part.
         count: images of the whole batch.
         share: which of them the part has.
+        kind: name of its kind; see :meth:`inverse.training.budget.Plan.kind`.
         generator: where the images left it.
     """
 
     batch: Batch
     count: int
+    kind: str
     share: slice
     generator: torch.Generator
 
 
-def _draw(task: _Task, step: int) -> _Drawn:
+def _draw(task: Task, step: int) -> _Drawn:
     """The images of ``step``."""
-    sets, moves, config = task.sets, task.moves, task.config
+    config = task.config
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    if config.fine and float(torch.rand((), generator=generator)) < config.fine:
-        sets, moves = _fine_enough(sets, moves), moves.finer()
-    whole = (
-        step >= config.whole_from * config.steps
-        or float(torch.rand((), generator=generator)) < config.whole
-        or config.crop >= moves.size
-    )
+    fine = config.fine > 0 and float(torch.rand((), generator=generator)) < config.fine
+    late = config.steps is not None and step >= config.whole_from * config.steps
+    whole = late or float(torch.rand((), generator=generator)) < config.whole
+    return _draw_kind(task, fine, whole, generator)
+
+
+def _draw_kind(task: Task, fine: bool, whole: bool, generator: torch.Generator) -> _Drawn:
+    """A batch of crops, or of as many pixels in whole images, of either grid."""
+    sets, moves, config = task.sets, task.moves, task.config
+    kind = Plan.kind(fine, whole)
+    if fine:
+        sets, moves = fine_enough(sets, moves), moves.finer()
+    whole = whole or config.crop >= moves.size
     count = max(1, config.batch * config.crop**2 // moves.size**2) if whole else config.batch
     share = task.crew.share(count)
     batch = draw_batch(sets, moves, count, None if whole else config.crop, generator, share)
-    return _Drawn(batch, count, share, generator)
+    return _Drawn(batch, count, kind, share, generator)
 
 
-@contextmanager
-def _batches(task: _Task, step: int) -> Iterator[Iterator[_Drawn]]:
-    """The batches from ``step`` on, prepared ahead by the threads of the settings."""
-    steps, workers = range(step, task.config.steps), task.config.workers
-    if workers < 1:
-        yield (_draw(task, k) for k in steps)
-        return
-    with ThreadPoolExecutor(workers) as pool:
+class _Feed:
+    """The batches of a run in order, prepared ahead by the threads of the settings."""
 
-        def ahead() -> Iterator[_Drawn]:
-            queue: deque[Future[_Drawn]] = deque()
-            for k in steps:
-                queue.append(pool.submit(_draw, task, k))
-                if len(queue) > workers:
-                    yield queue.popleft().result()
-            while queue:
-                yield queue.popleft().result()
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._pool = ThreadPoolExecutor(workers) if workers > 0 else None
+        self._queue: deque[Future[_Drawn]] = deque()
+        self._task: Task | None = None
+        self._ahead: Iterator[int] = iter(())
 
-        try:
-            yield ahead()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    def __enter__(self) -> _Feed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def __call__(self, task: Task, step: int) -> _Drawn:
+        """The images of ``step``; another task than before begins anew."""
+        if self._pool is None:
+            return _draw(task, step)
+        if task is not self._task:
+            self._task = task
+            self._queue.clear()
+            end = task.config.steps
+            self._ahead = itertools.count(step) if end is None else iter(range(step, end))
+        for k in itertools.islice(self._ahead, self._workers + 1 - len(self._queue)):
+            self._queue.append(self._pool.submit(_draw, task, k))
+        return self._queue.popleft().result()
 
 
 def _loss(
     net: UNet,
     objective: Objective,
     drawn: _Drawn,
-    task: _Task,
+    task: Task,
 ) -> Tensor:
     """This process's part of the mean loss of a batch; a plain zero where it has no image."""
     batch, device = drawn.batch, task.crew.device
@@ -511,137 +645,5 @@ def _loss(
     if not len(x0):
         return torch.zeros((), device=device)
     images = Perturbed(x0, sigma.to(device), z.to(device), batch.pixel_mm.to(device))
-    model = _model(net, batch.position.to(device), task.config)
+    model = model_of(net, batch.position.to(device), task.config)
     return objective.losses(model, images, drawn.generator).sum() / drawn.count
-
-
-def _model(net: UNet, position: Tensor, config: TrainConfig) -> Model:
-    """The network as denoiser, and as energy if it is one, at pixels of these positions."""
-    dtype = torch.bfloat16 if config.bfloat16 else torch.float32
-
-    def energy(x: Tensor, sigma: Tensor, pixel_mm: Tensor) -> Tensor:
-        return edm_energy(net, x[:, None], sigma, pixel_mm, position, dtype)
-
-    def direct(x: Tensor, sigma: Tensor, pixel_mm: Tensor) -> Tensor:
-        return edm_denoise(net, x[:, None], sigma, pixel_mm, position, dtype)[:, 0]
-
-    def by_gradient(x: Tensor, sigma: Tensor, pixel_mm: Tensor) -> Tensor:
-        score = energy_score(lambda u: energy(u, sigma, pixel_mm), x)
-        return x + expand(sigma**2, x) * score
-
-    denoise = by_gradient if config.network == "energy" else direct
-    return Model(denoise, energy, net.config.sigma_data)
-
-
-class _Judge:
-    """What a network is judged by: fixed slices of held-out and of as many training patients.
-
-    The slices have no motion beyond the resampling to the grid.  Simulated images take no part in
-    the comparison, since they are easier than patients.
-    """
-
-    def __init__(self, task: _Task, count: int = 16) -> None:
-        self._task, self._still = task, task.moves.still()
-        config = task.config
-
-        def fixed(chosen: Sequence[ImageSet]) -> Batch:
-            generator = torch.Generator().manual_seed(config.seed)
-            return draw_batch(chosen, self._still, count, None, generator)
-
-        natural = [s for s in task.sets if s.natural]
-        self._held, self._own = fixed([task.validation]), fixed(natural) if natural else None
-        low, high = config.sigma_range
-        self.levels = [v for v in VALIDATION_LEVELS if low <= v <= high] or [math.sqrt(low * high)]
-
-    def report(self, weights: Mapping[str, Tensor], exact: Denoiser | None) -> dict[str, Any]:
-        """Denoising RMSE by noise level, prior units, and the memorisation gap."""
-        held = self.errors(weights, self._held)
-        record: dict[str, Any] = {"validation": self._rmse(held)}
-        if self._own is not None:
-            own = self.errors(weights, self._own)
-            record["training"] = self._rmse(own)
-            found = gap(held, own)
-            record["memorisation"] = found.record()
-            if found.alarm:
-                logger.warning(
-                    "held-out error is %.2f times the training error: memorisation, or held-out "
-                    "images of another kind",
-                    found.ratio,
-                )
-        if exact is not None:
-            floor = [float(exact.error(v)) for v in self.levels]
-            record["floor"] = {
-                f"{v:g}": round(e, 5) for v, e in zip(self.levels, floor, strict=True)
-            }
-        return record
-
-    def score(self, weights: Mapping[str, Tensor]) -> float:
-        """Geometric mean over noise levels of the held-out RMSE."""
-        return float(self.errors(weights, self._held).mean(dim=1).log().mean().mul(0.5).exp())
-
-    def _rmse(self, errors: Tensor) -> dict[str, float]:
-        values = errors.mean(dim=1).sqrt().tolist()
-        return {f"{v:g}": round(e, 5) for v, e in zip(self.levels, values, strict=True)}
-
-    @torch.no_grad()
-    def errors(self, weights: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        """Mean squared denoising errors ``(levels, slices)`` with these weights."""
-        device, card, config = self._task.crew.device, self._task.card, self._task.config
-        net = UNet(self._task.network).to(device).channels_last().eval()
-        net.load_state_dict(dict(weights))
-        x0 = ((batch.images - card.offset) / card.scale).to(device)
-        position = position_channels((x0.shape[-2], x0.shape[-1]), device)
-        model = _model(net, position, config)
-        rows = []
-        for level in self.levels:
-            z = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1)).to(device)
-            errors = []
-            for i in range(0, len(x0), 4):
-                s = torch.full((len(x0[i : i + 4]),), level, device=device)
-                noisy = x0[i : i + 4] + level * z[i : i + 4]
-                d = model.denoise(noisy, s, batch.pixel_mm[i : i + 4].to(device))
-                errors.append((d - x0[i : i + 4]).square().mean(dim=(1, 2)))
-            rows.append(torch.cat(errors))
-        result = torch.stack(rows).cpu().double()
-        if not bool(torch.isfinite(result).all()):
-            raise NumericalError(
-                "the denoising error of the averaged weights is not finite; lower the learning "
-                "rate, or leave bfloat16 out"
-            )
-        return result
-
-    def neighbours(self, samples: Tensor) -> dict[str, Any]:
-        """The nearest-neighbour check of samples in physical units, for the card."""
-        training = torch.cat([on_grid(s, self._still) for s in self._task.sets])
-        held = on_grid(self._task.validation, self._still)
-        found = nearest_neighbours(samples.cpu().float(), training, held)
-        if found.p_value < 0.01:
-            logger.warning(
-                "samples are closer to training images than held-out images are (p = %.2g): the "
-                "prior repeats them",
-                found.p_value,
-            )
-        return found.record()
-
-
-def _choose_average(
-    state: RunState, run: Path, judge: _Judge, config: TrainConfig
-) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
-    """The moving average; of ``config.averages`` and it, the one with the least held-out error."""
-    best: Mapping[str, Tensor] = state.averages["ema"].weights
-    if not config.averages:
-        return best, {}
-    scores = {"ema": judge.score(best)}
-    profile_error = {}
-    name = "ema"
-    for width in config.averages:
-        weights, error = state.average(run, width)
-        scores[f"{width:g}"], profile_error[f"{width:g}"] = judge.score(weights), round(error, 4)
-        if scores[f"{width:g}"] < scores[name]:
-            best, name = weights, f"{width:g}"
-    found = {
-        "chosen": name,
-        "held_out_rmse": {k: round(v, 6) for k, v in scores.items()},
-        "profile_error": profile_error,
-    }
-    return best, {"average": found}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from inverse.errors import InputError
 from inverse.priors.checkpoint import write_tensors
+from inverse.training.budget import Plan
 from inverse.training.ema import Average, combination, combine, power, profile
 
 __all__ = ["RunState", "read_state"]
@@ -42,6 +43,8 @@ class RunState:
         identity: settings that a state must share to be continued.
         step: steps done.
         seconds: time spent on them.
+        plan: how a time budget is spent; None for a run of given length.
+        expected: seconds of the steps done by the plan's costs.
     """
 
     net: nn.Module
@@ -51,6 +54,8 @@ class RunState:
     identity: Mapping[str, Any]
     step: int = 0
     seconds: float = 0.0
+    plan: Plan | None = None
+    expected: float = 0.0
 
     def save(self, run: Path) -> None:
         """Write the state file of a run's folder."""
@@ -65,6 +70,8 @@ class RunState:
             "step": str(self.step),
             "seconds": repr(self.seconds),
             "identity": _canonical(self.identity),
+            "plan": self.plan.to_text() if self.plan else "",
+            "expected": repr(self.expected),
         }
         write_tensors(run / "state.safetensors", _plain(tensors), metadata)
 
@@ -92,6 +99,7 @@ class RunState:
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
         self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
+        self.plan, self.expected = Plan.of(metadata), float(metadata.get("expected", 0))
 
     def snapshot(self, run: Path) -> None:
         """Keep both averages of this step, in half precision."""

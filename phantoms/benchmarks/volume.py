@@ -5,6 +5,9 @@ each method without coupling of slices and with each.  For each: PSNR of axial, 
 sagittal sections inside the body; the energy of the z-gradient over that of the truth, which is 1
 where slices neither flicker nor blur into each other; the error of the z-gradient over the same;
 network calls and seconds a slice.  JSON to ``--out``, Markdown and pictures beside it.
+
+Priors of other planes (``--coronal``, ``--sagittal``) need cubic voxels: ``--cubic`` makes those
+of the phantom cubes.  ``recon train --phantoms 300 --orientation PLANE`` trains such priors.
 """
 
 from __future__ import annotations
@@ -67,24 +70,40 @@ class Case:
         return mu_to_hu(x.cpu(), mu).numpy().astype(np.float32)
 
 
-def phantom(slices: int, views: int, photons: float = 1e5) -> Case:
-    """A chest of ellipsoids, slabs of 2 mm, its line integrals exact."""
-    body, pixel = thorax(ANATOMY_SEED), FIELD_MM / SIDE
-    heights = [(k - (slices - 1) / 2) * SPACING_MM for k in range(slices)]
-    slabs = [body.slab(z, SPACING_MM, 2) for z in heights]
-    geometry = ParallelBeam.sparse(views, (SIDE, SIDE), pixel)
-    scan = simulate_ct_analytic(slabs, pixel, geometry, matrix=SIDE, photons=photons)
+def phantom(
+    slices: int,
+    views: int,
+    photons: float = 1e5,
+    *,
+    side: int = SIDE,
+    spacing: float | None = SPACING_MM,
+) -> Case:
+    """A chest of ellipsoids, its line integrals exact.
+
+    Args:
+        slices: number of slabs about the middle.
+        views: projections.
+        photons: counts of a bin in air.
+        side: rows and columns.
+        spacing: distance and thickness of the slabs, mm; None for cubic voxels.
+    """
+    body, pixel = thorax(ANATOMY_SEED), FIELD_MM / side
+    step = pixel if spacing is None else spacing
+    heights = [(k - (slices - 1) / 2) * step for k in range(slices)]
+    slabs = [body.slab(z, step, 2) for z in heights]
+    geometry = ParallelBeam.sparse(views, (side, side), pixel)
+    scan = simulate_ct_analytic(slabs, pixel, geometry, matrix=side, photons=photons)
     return Case(f"phantom chest, {views} views", scan, heights, pixel)
 
 
-def real(path: Path, slices: int, views: int, photons: float = 1e5) -> Case:
+def real(path: Path, slices: int, views: int, photons: float = 1e5, *, side: int = SIDE) -> Case:
     """The middle slices of a series."""
     series = read_series(path)
     first = max(0, (len(series.array) - slices) // 2)
     volume = series.array[first : first + slices]
-    pixel = float(series.spacing[1]) * volume.shape[-1] / SIDE
-    geometry = ParallelBeam.sparse(views, (SIDE, SIDE), pixel)
-    scan = simulate_ct(volume, series.spacing[1:], geometry, matrix=SIDE, photons=photons)
+    pixel = float(series.spacing[1]) * volume.shape[-1] / side
+    geometry = ParallelBeam.sparse(views, (side, side), pixel)
+    scan = simulate_ct(volume, series.spacing[1:], geometry, matrix=side, photons=photons)
     heights = [k * float(series.spacing[0]) for k in range(len(volume))]
     return Case(f"patient's chest, {views} views", scan, heights, pixel)
 
@@ -151,7 +170,7 @@ def markdown(table: Sequence[dict[str, Any]]) -> str:
         lines += [
             f"\n### {name}\n",
             "| method | coupling | axial dB | coronal dB | sagittal dB | z energy | z error "
-            "| calls | s a slice |",
+            "| network calls | s a slice |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for row in (r for r in table if r["case"] == name):
@@ -169,15 +188,16 @@ def draw(case: Case, images: dict[str, Volume], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    inner = slice(SIDE // 4, 3 * SIDE // 4)
+    side = images["truth"].shape[-1]
+    inner = slice(side // 4, 3 * side // 4)
     height = 0.035 * max(len(case.z_mm), 16)
     figure, axes = plt.subplots(
         len(images), 2, figsize=(7.0, (height + 0.22) * len(images)), layout="constrained"
     )
     for line, (name, image) in zip(axes, images.items(), strict=True):
         sections = {
-            "coronal": image[:, SIDE // 2, inner],
-            "sagittal": image[:, inner, int(0.62 * SIDE)],
+            "coronal": image[:, side // 2, inner],
+            "sagittal": image[:, inner, int(0.62 * side)],
         }
         for axis, (plane, section) in zip(line, sections.items(), strict=True):
             axis.imshow(
@@ -197,6 +217,8 @@ def main() -> None:
     parser.add_argument("--prior", default="ct-small")
     parser.add_argument("--coronal", help="prior of coronal images, adds coupling 'planes'")
     parser.add_argument("--sagittal", help="prior of sagittal images, likewise")
+    parser.add_argument("--cubic", action="store_true", help="phantom of cubic voxels")
+    parser.add_argument("--side", type=int, default=SIDE, help="rows and columns")
     parser.add_argument("--views", type=int, default=23)
     parser.add_argument("--slices", type=int, default=40)
     parser.add_argument("--methods", nargs="+", default=["pnp_admm", "dds"])
@@ -206,9 +228,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     slices, steps = (10, 8) if arguments.quick else (arguments.slices, None)
-    cases = [phantom(slices, arguments.views)]
+    spacing = None if arguments.cubic else SPACING_MM
+    cases = [phantom(slices, arguments.views, side=arguments.side, spacing=spacing)]
     if arguments.ct:
-        cases.append(real(arguments.ct, slices, arguments.views))
+        cases.append(real(arguments.ct, slices, arguments.views, side=arguments.side))
     couplings = [Coupling(kind) for kind in COUPLINGS]
     named = {"coronal": arguments.coronal, "sagittal": arguments.sagittal}
     planes = {plane: load_prior(name) for plane, name in named.items() if name}
@@ -219,7 +242,14 @@ def main() -> None:
         images: dict[str, Volume] = {}
         for row in rows(case, prior, arguments.methods, couplings, steps, images):
             table.append(row)
-            setting = {"slices": slices, "steps": steps, "prior": arguments.prior}
+            setting = {
+                "slices": slices,
+                "side": arguments.side,
+                "voxels": "cubic" if arguments.cubic else f"{SPACING_MM:g} mm slices",
+                "steps": steps,
+                "prior": arguments.prior,
+                **{f"{plane} prior": name for plane, name in named.items() if name},
+            }
             content = {"setting": setting, "rows": table}
             arguments.out.write_text(json.dumps(content, indent=1) + "\n")
             print(
