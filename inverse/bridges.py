@@ -75,7 +75,12 @@ class DeepinvOperator(LinearOperator):
         self.physics = physics
         self._image = self_shape
         self._by_autograd = adjoint == "autograd"
-        self._test()
+        error = self.adjoint_error()
+        if error > 1e-3:
+            raise InputError(
+                f"A_adjoint of {type(physics).__name__} is off the adjoint of A by {error:.2g}; "
+                "pass adjoint='autograd'"
+            )
 
     def _forward(self, x: Tensor) -> Tensor:
         batch = x.shape[: x.ndim - len(self.in_shape)]
@@ -95,21 +100,6 @@ class DeepinvOperator(LinearOperator):
             )
             (back,) = torch.autograd.grad(self.physics.A(x), x, y.clone())
         return back
-
-    def _test(self) -> None:
-        """Re <Ax, y> = Re <x, A^H y> on one random pair."""
-        seed = torch.Generator().manual_seed(0)
-        x = torch.randn(1, *self.in_shape, dtype=self.dtype, generator=seed)
-        y = torch.randn(1, *self.out_shape, dtype=self.out_dtype, generator=seed)
-        with torch.no_grad():
-            ax, aty = self._forward(x), self._adjoint(y)
-        left, right = (float((u.conj() * v).sum().real) for u, v in ((ax, y), (x, aty)))
-        size = float(torch.linalg.vector_norm(ax) * torch.linalg.vector_norm(y))
-        if not abs(left - right) <= 1e-3 * size:
-            raise InputError(
-                f"A_adjoint of {type(self.physics).__name__} is off the adjoint of A by "
-                f"{abs(left - right) / max(size, 1e-300):.2g}; pass adjoint='autograd'"
-            )
 
 
 class DeepinvDenoiser(nn.Module):

@@ -9,9 +9,11 @@ noise of standard deviation ``noise`` in the real and in the imaginary part each
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from numbers import Real
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +22,12 @@ from inverse.errors import GeometryError, InputError
 from inverse.operators.linop import LinearOperator
 from inverse.operators.noise import TransmissionPoisson
 
-__all__ = ["Measurement"]
+__all__ = ["CHI2_HIGH", "Measurement"]
+
+CHI2_HIGH = 2.0
+"""Reduced chi-square of a residual above which the data are not fitted to their noise."""
+
+Modality: TypeAlias = Literal["CT", "MR"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,8 @@ class Measurement:
     Attributes:
         operator: forward operator on one slice, or on one volume, in physical units.
         data: measured values, ``(slices, *operator.out_shape)``; volumes count as one each.
-        noise: standard deviation, a 0-d tensor, or a map that broadcasts against ``data``.
+            An array is taken, too, and put into the precision of the operator.
+        noise: standard deviation, a number, or a map that broadcasts against ``data``.
         modality: ``"CT"`` (attenuation, 1/mm) or ``"MR"`` (signal, arbitrary units).
         pixel_mm: (row, column) spacing of the image grid in mm.
         mu_water: attenuation of water in 1/mm at the scan's energy; fixes HU for CT.
@@ -39,8 +47,11 @@ class Measurement:
             for CT where they are known; what line integrals cannot say of starved rays.
 
     Raises:
-        GeometryError: data whose shape is not ``(slices, *out_shape)``.
-        InputError: data that are not finite, or a noise std that is not positive.
+        GeometryError: data whose shape is not ``(slices, *out_shape)``, counts that do not fit
+            them, or impossible pixels.
+        InputError: data that are not finite, or complex where the operator is real or the
+            reverse; a noise that is not positive or does not fit the data; an unknown modality;
+            CT without mu_water.
 
     Here: docs/theory.md, equation (23).
     """
@@ -48,41 +59,84 @@ class Measurement:
     operator: LinearOperator
     data: Tensor
     noise: Tensor
-    modality: Literal["CT", "MR"]
+    modality: Modality
     pixel_mm: tuple[float, float]
     mu_water: float | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     counts: TransmissionPoisson | None = None
 
     def __post_init__(self) -> None:
-        shape = self.operator.out_shape
-        if self.counts is not None and self.counts.counts.shape != self.data.shape:
+        if not isinstance(self.operator, LinearOperator):
+            raise InputError(
+                f"a measurement needs a LinearOperator, got a {type(self.operator).__name__}"
+            )
+        data = self._fitting(torch.as_tensor(self.data))
+        noise = self._positive(torch.as_tensor(self.noise, device=data.device), data)
+        if self.counts is not None and self.counts.counts.shape != data.shape:
             raise GeometryError(
-                f"photon counts must have the shape of the data, {tuple(self.data.shape)}, got "
+                f"photon counts must have the shape of the data, {tuple(data.shape)}, got "
                 f"{tuple(self.counts.counts.shape)}"
             )
-        if self.data.ndim != len(shape) + 1 or tuple(self.data.shape[1:]) != shape:
+        if self.modality not in get_args(Modality):
+            raise InputError(f"modality must be 'CT' or 'MR', got {self.modality!r}")
+        if self.modality == "CT" and not _is_length(self.mu_water):
+            raise InputError(
+                f"a CT measurement needs mu_water in 1/mm (0.0206 at 60 keV), got {self.mu_water}"
+            )
+        pixel = self.pixel_mm
+        if not (isinstance(pixel, Sequence) and len(pixel) == 2 and all(map(_is_length, pixel))):
+            raise GeometryError(
+                f"pixel_mm must be two positive numbers, the (row, column) spacing, got {pixel!r}"
+            )
+        for name, value in (("data", data), ("noise", noise), ("pixel_mm", tuple(pixel))):
+            object.__setattr__(self, name, value)
+
+    def _fitting(self, data: Tensor) -> Tensor:
+        """Data in the operator's precision, their shape, kind and values checked."""
+        shape, dtype = self.operator.out_shape, self.operator.out_dtype
+        if data.ndim != len(shape) + 1 or tuple(data.shape[1:]) != shape:
             raise GeometryError(
                 f"measurement data must have shape (slices, {', '.join(map(str, shape))}) for "
-                f"{self.operator!r}, got {tuple(self.data.shape)}"
+                f"{self.operator!r}, got {tuple(data.shape)}"
             )
-        if not bool(
-            torch.isfinite(
-                torch.view_as_real(self.data) if self.data.is_complex() else self.data
-            ).all()
+        if data.is_complex() != dtype.is_complex or not (
+            data.is_complex() or data.is_floating_point()
         ):
+            raise InputError(
+                f"measurement data must be {'complex' if dtype.is_complex else 'real'} floating-"
+                f"point numbers, as {self.operator!r} gives them, got {data.dtype}"
+            )
+        if not bool(torch.isfinite(torch.view_as_real(data) if data.is_complex() else data).all()):
             raise InputError(
                 "measurement data hold NaN or infinite values; remove or mask those samples"
             )
-        if not bool((self.noise > 0).all()) or not bool(torch.isfinite(self.noise).all()):
+        return data.to(dtype)
+
+    @staticmethod
+    def _positive(noise: Tensor, data: Tensor) -> Tensor:
+        """The noise in the data's precision, its values and shape checked."""
+        if noise.is_complex() or not bool((torch.isfinite(noise) & (noise > 0)).all()):
             raise InputError(
                 "the noise standard deviation must be positive and finite; for noise-free data "
                 "give a small one, such as 1e-4 of the data's range"
             )
-        if self.modality == "CT" and not (self.mu_water and self.mu_water > 0):
+        padded = (1,) * (data.ndim - noise.ndim) + tuple(noise.shape)
+        if noise.ndim > data.ndim or any(
+            n not in (1, m) for n, m in zip(padded, data.shape, strict=True)
+        ):
+            each = (len(data), *(1,) * (data.ndim - 1))
             raise InputError(
-                f"a CT measurement needs mu_water in 1/mm (0.0206 at 60 keV), got {self.mu_water}"
+                f"the noise must be a number or broadcast against data {tuple(data.shape)}, got "
+                f"shape {tuple(noise.shape)}; one value a slice has shape {each}"
             )
+        return noise.to(data.real.dtype)
+
+    def __repr__(self) -> str:
+        noise = f"{float(self.noise):.3g}" if self.noise.ndim == 0 else tuple(self.noise.shape)
+        return (
+            f"Measurement({self.modality}, data {tuple(self.data.shape)} {self.data.dtype}, "
+            f"noise {noise}, pixel_mm {self.pixel_mm}, {self.operator!r})"
+        )
 
     def __len__(self) -> int:
         return int(self.data.shape[0])
@@ -162,3 +216,8 @@ class Measurement:
         residual = (self.data - self.operator(x)) / self.noise
         m = self.operator.measured * (2 if residual.is_complex() else 1)
         return residual.abs().square().flatten(1).sum(dim=1) / m
+
+
+def _is_length(value: object) -> bool:
+    """Whether a value is a positive finite number."""
+    return isinstance(value, Real) and 0 < float(value) < math.inf

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-__all__ = ["is_exhausted", "peak_bytes"]
+__all__ = ["is_exhausted", "peak_bytes", "trim"]
 
 
 def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
@@ -38,3 +40,9 @@ def is_exhausted(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "allocate memory" in str(error)
     )
+
+
+def trim() -> None:
+    """Give freed memory back to the system; glibc keeps it between what is still held."""
+    with suppress(OSError, AttributeError):  # other C libraries
+        ctypes.CDLL(None).malloc_trim(0)

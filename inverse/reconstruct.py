@@ -7,22 +7,25 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from numbers import Integral
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from inverse.errors import CheckpointError, ReconError, ResourceError, UnsupportedError
-from inverse.measurement import Measurement
+from inverse.errors import CheckpointError, InputError, ResourceError, UnsupportedError
+from inverse.measurement import CHI2_HIGH, Measurement
 from inverse.memory import is_exhausted, peak_bytes
 from inverse.operators.coils import estimated_phase
 from inverse.operators.linop import (
     ComplexFromChannels,
     ComplexFromReal,
+    CountedOperator,
+    Diagonal,
     LinearOperator,
-    Solve,
 )
+from inverse.operators.mri import Sense
 from inverse.operators.resample import ThickSlices, Upsample
 from inverse.posterior.methods import METHODS
 from inverse.posterior.problem import Problem
@@ -38,11 +41,23 @@ from inverse.priors.checkpoint import NetworkPrior
 from inverse.priors.denoiser import CountedDenoiser, Denoiser
 from inverse.sampling import Noise
 
-__all__ = ["Batch", "Plan", "Reconstruction", "reconstruct"]
+__all__ = ["Batch", "Plan", "Reconstruction", "Remark", "reconstruct"]
 
 _log = logging.getLogger(__name__)
 
 _CHECKED = 16  # slices at a time whose residual is taken: bounds the memory
+
+
+class Remark(NamedTuple):
+    """One thing to know of a reconstruction.
+
+    Attributes:
+        code: what it is about, in capitals.
+        text: a sentence for the user.
+    """
+
+    code: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,7 @@ class Reconstruction:
         samples: ``(slices, samples, h, w)``.
         residual_chi2: reduced chi-square of the mean's residual, ``(slices,)``; see
             :meth:`inverse.measurement.Measurement.chi2`.
-        status: ``"ok"``, or a sentence that says what to look at.
+        remarks: what to know of it, each with a code.
         nfe: network calls a sample; with those for the halo of a coupling's windows.
         operator_calls: applications of the operator or its adjoint, a sample.
         seed: the seed.
@@ -67,12 +82,26 @@ class Reconstruction:
     std: Tensor
     samples: Tensor
     residual_chi2: Tensor
-    status: str
+    remarks: tuple[Remark, ...]
     nfe: int
     operator_calls: int
     seed: int
     seconds: float
     settings: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        chi2 = ", ".join(f"{value:.3g}" for value in self.residual_chi2[:4].tolist())
+        more = ", ..." if len(self.residual_chi2) > 4 else ""
+        return (
+            f"Reconstruction(mean {tuple(self.mean.shape)}, samples {tuple(self.samples.shape)}, "
+            f"method {self.settings.get('method')!r}, nfe {self.nfe}, chi2 [{chi2}{more}], "
+            f"status {self.status!r})"
+        )
+
+    @property
+    def status(self) -> str:
+        """``"ok"``, or sentences that say what to look at."""
+        return "; ".join(remark.text for remark in self.remarks) or "ok"
 
 
 @dataclass(frozen=True)
@@ -125,7 +154,8 @@ def reconstruct(
             :func:`inverse.operators.coils.estimated_phase`) or known to be zero.  A prior of
             complex images needs neither.
         options: further options of the method.
-        positions: index of each slice in its series; default its index in the measurement.
+        positions: index of each slice in its series, no two the same; default its index in the
+            measurement.
         saved: finished batches by number.  Those that it holds are not computed again, and new
             ones are put into it, so that a run with equal arguments continues to the same bits.
         coupling: how neighbouring slices are made consistent; see
@@ -139,8 +169,9 @@ def reconstruct(
         CheckpointError: a prior of another modality.
         UnsupportedError: a prior whose channels do not fit the operator, or a coupling that does
             not go with the method or the slices.
-        InputError: positions along z that a coupling cannot use.
-        ReconError: an unknown method or option, or fewer than one sample.
+        GeometryError: a prior of images of another size.
+        InputError: an argument of another kind, an unknown method or option, a value out of its
+            bounds, repeated positions, or positions along z that a coupling cannot use.
         ResourceError: not even one image at a time fits into memory.
         NumericalError: if sampling diverges.
     """
@@ -205,7 +236,7 @@ class Plan:
         parts: what to compute.
         limit: most images a network call; :meth:`fit` lowers it, as does running out of memory.
         settings: resolved settings, plain JSON values.
-        notes: sentences for the user.
+        remarks: what the user should know.
     """
 
     def __init__(
@@ -225,42 +256,45 @@ class Plan:
         coupling: CouplingKind | Coupling = "none",
         z_mm: Sequence[float] | None = None,
     ) -> None:
+        _check_types(measurement, prior, options, coupling)
         if method not in METHODS:
-            raise ReconError(f"no method '{method}'; there are {', '.join(METHODS)}")
-        if samples < 1 or (batch is not None and batch < 1):
-            raise ReconError(f"samples and batch must be at least 1, got {samples} and {batch}")
+            raise InputError(f"no method '{method}'; there are {', '.join(METHODS)}")
+        samples, seed = _whole("samples", samples, 1), _whole("seed", seed)
+        batch = None if batch is None else _whole("batch", batch, 1)
         if phase not in ("estimated", "zero"):
-            raise ReconError(f"phase must be 'estimated' or 'zero', got {phase!r}")
+            raise InputError(f"phase must be 'estimated' or 'zero', got {phase!r}")
         n = len(measurement)
         self.method, self.samples, self.seed = METHODS[method], samples, seed
-        self.places = range(n) if positions is None else positions
-        if len(self.places) != n:
-            raise ReconError(f"positions must number the {n} slices, got {len(self.places)}")
+        places = range(n) if positions is None else positions
+        self.places = [_whole("positions", place) for place in places]
+        if len(set(self.places)) != n or len(self.places) != n:
+            raise InputError(
+                f"positions must number the {n} slices, each another, since slices of one "
+                f"position get the same noise, got {self.places}"
+            )
         given = dict(options or {})
         if steps is not None:
             given["steps"] = steps
         self.options = self.method.resolve(given, measurement.modality)
         self.coupling = Coupling(coupling) if isinstance(coupling, str) else coupling
-        self.device = measurement.data.device if device is None else torch.device(device)
+        self.device = measurement.data.device if device is None else _usable(device)
         self.target = measurement.to(self.device)
         if self.device != measurement.data.device:
             prior = copy.deepcopy(prior).to(self.device)  # the caller's prior stays where it is
         volumes = len(measurement.operator.in_shape) == 3
-        prior, self.embedding, self.notes = _adapt(prior, self.target, phase)
+        prior, self.embedding, self.remarks = _adapt(prior, self.target, phase)
         self.z_mm = self._check_coupling(z_mm, prior, volumes)
         if samples > 1 and self.method.spread != "posterior":
-            self.notes.append(
-                f"the standard deviation of {method}'s samples is "
-                + (
-                    "no uncertainty"
-                    if self.method.spread == "none"
-                    else "smaller than the posterior's"
-                )
-                + ": for one to believe choose mmps or pnpdm"
+            none = self.method.spread == "none"
+            falls = "no uncertainty" if none else "smaller than the posterior's"
+            self._remark(
+                "SPREAD",
+                f"the standard deviation of {method}'s samples is {falls}: for one that is right "
+                "for exact priors choose mmps or pnpdm",
             )
         self.offset, self.scale = _affine(prior, self.target)
         operator = self.target.operator
-        self._counter = _CountedOperator(
+        self._counter = CountedOperator(
             operator if self.embedding is None else operator @ self.embedding
         )
         self._inner = replace(self.target, operator=self._counter).rescaled(
@@ -288,6 +322,9 @@ class Plan:
 
     # --- how ---------------------------------------------------------------------------------
 
+    def _remark(self, code: str, text: str) -> None:
+        self.remarks.append(Remark(code, text))
+
     def _check_coupling(
         self, z_mm: Sequence[float] | None, prior: Denoiser, volumes: bool
     ) -> list[float]:
@@ -298,7 +335,7 @@ class Plan:
         places = range(count) if volumes else self.places
         z = [pixel * k for k in places] if z_mm is None else [float(v) for v in z_mm]
         if len(z) != count:
-            raise ReconError(f"z_mm must number the {count} slices, got {len(z)}")
+            raise InputError(f"z_mm must number the {count} slices, got {len(z)}")
         if kind == "none":
             return z
         check_positions(z)
@@ -313,10 +350,11 @@ class Plan:
                 "is measured as a whole choose 'tv'"
             )
         if count == 1:
-            self.notes.append("one slice: there is nothing to couple it to")
+            self._remark("ONE_SLICE", "one slice: there is nothing to couple it to")
         elif z_mm is None:
-            self.notes.append(
-                "positions of slices are not known: coupled as if they were a pixel apart"
+            self._remark(
+                "NO_POSITIONS",
+                "positions of slices are not known: coupled as if they were a pixel apart",
             )
         if kind == "planes":
             given = dict(self.coupling.planes or {})
@@ -326,7 +364,7 @@ class Plan:
             if self.device.type != "cpu":
                 given = {p: copy.deepcopy(d).to(self.device) for p, d in given.items()}
             if len(given) == 1:
-                self.notes.append(f"coupling by axial and {next(iter(given))} priors only")
+                self._remark("PLANES", f"coupling by axial and {next(iter(given))} priors only")
             self.coupling = replace(self.coupling, planes=given)
         return z
 
@@ -516,59 +554,99 @@ class Plan:
         Args:
             saved: all parts by number; one is read at a time.
         """
+        for _, slices in self._merged(saved):
+            yield from slices
+
+    def _merged(
+        self, saved: Mapping[int, Batch]
+    ) -> Iterator[tuple[Batch, list[tuple[int, Tensor]]]]:
+        """Each part, and the slices that it completes, in ascending order, with their samples."""
         waiting: dict[int, dict[int, Tensor]] = {}
         for number, part in enumerate(self.parts):
-            for (z, i), x in zip(part.results, saved[number].samples, strict=True):
+            batch, complete = saved[number], []
+            for (z, i), x in zip(part.results, batch.samples, strict=True):
                 waiting.setdefault(z, {})[i] = x
                 if len(waiting[z]) == self.samples:
                     found = waiting.pop(z)
-                    yield z, torch.stack([found[i] for i in range(self.samples)])
+                    complete.append((z, torch.stack([found[i] for i in range(self.samples)])))
+            yield batch, complete
 
-    def result(self, saved: Mapping[int, Batch], *, keep_samples: bool = True) -> Reconstruction:
+    def result(
+        self,
+        saved: Mapping[int, Batch],
+        *,
+        keep_samples: bool = True,
+        sink: Callable[[slice, Tensor, Tensor], None] | None = None,
+    ) -> Reconstruction:
         """Merge finished parts, one at a time.
 
         Args:
-            saved: all parts by number.
+            saved: all parts by number; each is read once.
             keep_samples: without them ``samples`` of the result is empty, so that memory does not
                 grow with their number.
+            sink: takes the slices that are complete, a few at a time and in order: which they
+                are, their mean and their standard deviation ``(slices, *in_shape)``, physical
+                units, on the CPU.  ``mean``, ``std`` and ``samples`` of the result are then
+                empty, so that memory does not grow with the slices.
         """
         n, k = len(self.target), self.samples
         shape, dtype = self.target.operator.in_shape, self.target.operator.dtype
-        samples = torch.empty((n, k if keep_samples else 0, *shape), dtype=dtype)
-        mean = torch.empty((n, *shape), dtype=dtype)
-        std = torch.from_numpy(np.zeros((n, *shape), np.float32))  # no memory until written
-        images = calls = 0
+        kept = n if sink is None else 0
+        mean = torch.empty((kept, *shape), dtype=dtype)
+        std = torch.from_numpy(np.zeros((kept, *shape), np.float32))  # no memory until written
+        samples = torch.empty((kept, k if keep_samples else 0, *shape), dtype=dtype)
+        images = calls = done = 0
         seconds = 0.0
+        chi2: list[Tensor] = []
+        waiting: list[tuple[Tensor, Tensor]] = []
+
+        def take(few: Sequence[tuple[Tensor, Tensor]]) -> None:
+            nonlocal done
+            places = slice(done, done + len(few))
+            means, stds = (torch.stack(part) for part in zip(*few, strict=True))
+            index = torch.arange(places.start, places.stop, device=self.device)
+            chi2.append(self.target.take(index).chi2(means.to(self.device)).cpu())
+            if sink is None:
+                mean[places], std[places] = means, stds
+            else:
+                sink(places, means, stds)
+            done = places.stop
+
         with torch.inference_mode():
-            for number in range(len(self.parts)):
-                batch = saved[number]
+            for batch, slices in self._merged(saved):
                 images, calls = images + batch.images, calls + batch.operator_calls
                 seconds += batch.seconds
-            for z, draws in self.draws(saved):
-                mean[z] = draws.mean(dim=0)
-                if k > 1:
-                    square = (draws - mean[z]).abs().square().sum(dim=0)
-                    std[z] = square.div(k - 1).sqrt()
-                if keep_samples:
-                    samples[z] = draws
-            chi2 = torch.cat(
-                [
-                    self.target.take(index).chi2(mean[index.cpu()].to(self.device)).cpu()
-                    for index in torch.arange(n, device=self.device).split(_CHECKED)
-                ]
-            )
+                for z, draws in slices:
+                    if keep_samples and sink is None:
+                        samples[z] = draws
+                    waiting.append(_moments(draws))
+                    if len(waiting) == _CHECKED:
+                        take(waiting)
+                        waiting.clear()
+            if waiting:
+                take(waiting)
+        residual = torch.cat(chi2)
         return Reconstruction(
             mean=mean,
             std=std,
             samples=samples,
-            residual_chi2=chi2,
-            status=_status(chi2, self.notes),
+            residual_chi2=residual,
+            remarks=(*self.remarks, *_unfitted(residual)),
             nfe=images // (n * k),
             operator_calls=calls // len(self.parts),
             seed=self.seed,
             seconds=seconds,
-            settings={**self.settings, "notes": list(self.notes)},
+            settings={**self.settings, "notes": [remark.text for remark in self.remarks]},
         )
+
+
+def _moments(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a slice's samples; the latter 0 of one sample."""
+    mean = draws.mean(dim=0)
+    if len(draws) == 1:
+        return mean, torch.zeros(mean.shape)
+    square = (draws - mean).abs().square().sum(dim=0)
+    return mean, square.div(len(draws) - 1).sqrt()
 
 
 def _of_plane(
@@ -606,14 +684,14 @@ def _of_plane(
 
 def _adapt(
     prior: Denoiser, measurement: Measurement, phase: str
-) -> tuple[Denoiser, LinearOperator | None, list[str]]:
+) -> tuple[Denoiser, LinearOperator | None, list[Remark]]:
     """Fit prior and measurement to each other: modality, pixel size and channels.
 
     Returns:
         The prior at the pixel size it will see; the operator from its images to those of the
-        measurement, ``None`` where they are the same; notes for the user.
+        measurement, ``None`` where they are the same; remarks for the user.
     """
-    notes: list[str] = []
+    remarks: list[Remark] = []
     embedding: LinearOperator | None = None
     operator = measurement.operator
     sides = operator.in_shape
@@ -636,16 +714,18 @@ def _adapt(
         if factor > 1:
             sides = (*sides[:-2], *(side // factor for side in plane))
             embedding = Upsample(sides, factor, operator.dtype)
-            notes.append(
-                f"pixels of {pixel:.3g} mm are finer than the prior's {low:.3g} to {high:.3g} mm: "
-                f"reconstructed on pixels of {pixel * factor:.3g} mm and interpolated"
+            text = (
+                f"reconstructed on pixels of {pixel * factor:.3g} mm and interpolated, since "
+                f"those of {pixel:.3g} mm are finer than the prior's"
             )
+            remarks.append(Remark("FINE_PIXELS", text))
             pixel *= factor
         elif not 0.95 * low <= pixel <= 1.05 * high:
-            notes.append(
+            text = (
                 f"pixels of {pixel:.3g} mm lie outside the prior's {low:.3g} to {high:.3g} mm: "
                 "expect a worse image"
             )
+            remarks.append(Remark("PIXEL_SIZE", text))
         prior = prior.at(pixel_mm=pixel)
     if operator.dtype.is_complex:
         if channels == 2 and len(sides) == 3:
@@ -657,11 +737,15 @@ def _adapt(
         embedding = split if embedding is None else embedding @ split
         if _needs_phase(prior, operator) and phase == "estimated":
             embedding = estimated_phase(operator, measurement.data) @ embedding
+        if isinstance(operator, Sense) and not bool(operator.support.all()):
+            # else the prior would draw what it likes where no coil sees
+            seen = operator.support.to(torch.complex64)
+            embedding = Diagonal(seen, operator.in_shape, torch.complex64) @ embedding
     elif channels == 2:
         raise UnsupportedError(
             "a prior of complex images cannot serve a real operator; choose a prior of one channel"
         )
-    return prior, embedding, notes
+    return prior, embedding, remarks
 
 
 def _needs_phase(prior: Denoiser, operator: LinearOperator) -> bool:
@@ -686,48 +770,67 @@ def _affine(prior: Denoiser, measurement: Measurement) -> tuple[float, float]:
     return prior.offset, prior.scale
 
 
-def _status(chi2: Tensor, notes: list[str]) -> str:
-    """``ok`` or sentences on what to look at."""
+def _unfitted(chi2: Tensor) -> list[Remark]:
+    """A remark where the data are not fitted to their noise."""
     worst = float(chi2.max())
-    messages = list(notes)
-    if worst > 3.0:
-        messages.append(
-            f"the residual's reduced chi-square is {worst:.3g} in the worst slice: the data are "
-            "not fitted to their noise; check geometry, field of view, units and noise level, or "
-            "raise the data weight"
+    if worst <= CHI2_HIGH:
+        return []
+    text = (
+        f"the residual's reduced chi-square is {worst:.3g} in the worst slice: the data are not "
+        "fitted to their noise; check geometry, field of view, units and noise level, or raise "
+        "the data weight"
+    )
+    return [Remark("RESIDUAL", text)]
+
+
+def _check_types(measurement: object, prior: object, options: object, coupling: object) -> None:
+    """Refuse arguments of another kind before they fail somewhere below.
+
+    Raises:
+        InputError: with what was expected.
+    """
+    if not isinstance(measurement, Measurement):
+        raise InputError(
+            f"reconstruct needs an inverse.Measurement of operator, data and noise, got a "
+            f"{type(measurement).__name__}"
         )
-    return "; ".join(messages) or "ok"
+    if not isinstance(prior, Denoiser):
+        given = f"the text {prior!r}" if isinstance(prior, str) else f"a {type(prior).__name__}"
+        raise InputError(
+            f"reconstruct needs a prior that is an inverse.priors.Denoiser, got {given}; "
+            "load_prior('ct-small') gives one, and a subclass with a method denoise is one"
+        )
+    if not (options is None or isinstance(options, Mapping)):
+        raise InputError(f"options must map names to values, got {options!r}")
+    if not isinstance(coupling, str | Coupling):
+        raise InputError(
+            f"coupling must be a name or an inverse.posterior.Coupling, got {coupling!r}"
+        )
 
 
-class _CountedOperator(LinearOperator):
-    """The same operator, counting applications."""
+def _whole(name: str, value: Any, least: int | None = None) -> int:
+    """A whole number, of any library, as Python's own.
 
-    def __init__(self, op: LinearOperator, tally: list[int] | None = None) -> None:
-        super().__init__(op.in_shape, op.out_shape, op.dtype, op.out_dtype)
-        self.op = op
-        self.tally = [0] if tally is None else tally
+    Raises:
+        InputError: another value, or one below ``least``.
+    """
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or (least is not None and value < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise InputError(f"{name} must be a whole number{bound}, got {value!r}")
+    return int(value)
 
-    def take(self, index: Tensor) -> LinearOperator:
-        """Of the operator's slices; counts go to the same tally."""
-        return _CountedOperator(self.op.take(index), self.tally)
 
-    def _forward(self, x: Tensor) -> Tensor:
-        self.tally[0] += 1
-        return self.op._forward(x)
+def _usable(device: str | torch.device) -> torch.device:
+    """The device, if it is there.
 
-    def _adjoint(self, y: Tensor) -> Tensor:
-        self.tally[0] += 1
-        return self.op._adjoint(y)
-
-    def normal_solve(
-        self,
-        b: Tensor,
-        rho: float | Tensor,
-        x0: Tensor | None = None,
-        *,
-        tol: float = 1e-6,
-        max_iter: int = 50,
-    ) -> Solve:
-        result = self.op.normal_solve(b, rho, x0, tol=tol, max_iter=max_iter)
-        self.tally[0] += 2 * (result.iterations + (x0 is not None))
-        return result
+    Raises:
+        InputError: an unknown or absent device.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, NotImplementedError, RuntimeError):
+        raise InputError(
+            f"device {str(device)!r} is not known or not there; choose 'cpu', or 'cuda' where "
+            "there is a GPU"
+        ) from None

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inverse.errors import ReconError
+from inverse.errors import InputError
 
 __all__ = ["SDE", "VE", "VP", "SubVP", "as_time"]
 
@@ -86,12 +86,12 @@ class SDE(ABC):
         """The ``t`` at which ``sigma / alpha`` equals ``noise_level``, which grows with ``t``.
 
         Raises:
-            ReconError: if the level lies outside ``[noise_level(0), noise_level(1)]``.
+            InputError: if the level lies outside ``[noise_level(0), noise_level(1)]``.
         """
         target = as_time(noise_level)
         low, high = float(self.noise_level(0.0)), float(self.noise_level(1.0))
         if not bool(((target > low - 1e-9 * high) & (target < high * (1 + 1e-9))).all()):
-            raise ReconError(
+            raise InputError(
                 f"{self}: noise level must lie in [{low:.3g}, {high:.3g}], got "
                 f"{float(target.min()):.3g} to {float(target.max()):.3g}; choose other levels or "
                 "a wider SDE"
@@ -117,7 +117,7 @@ class VE(SDE):
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max:
-            raise ReconError(
+            raise InputError(
                 f"VE needs 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}"
             )
 
@@ -142,7 +142,7 @@ class _Beta(SDE):
 
     def __post_init__(self) -> None:
         if not 0 < self.beta_min < self.beta_max:
-            raise ReconError(
+            raise InputError(
                 f"{type(self).__name__} needs 0 < beta_min < beta_max, "
                 f"got {self.beta_min} and {self.beta_max}"
             )

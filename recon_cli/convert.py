@@ -12,10 +12,10 @@ from recon_cli import options as o
 from recon_cli.console import log, print_json
 from recon_cli.dryrun import plan_measurement, tell
 from recon_cli.errors import usage
-from recon_cli.options import command
+from recon_cli.inspect import telling_kind
+from recon_cli.options import bytes_of, check_ending, command
 from recon_cli.output import check_file
 from recon_cli.runlog import SCHEMA_VERSION, sha256_of
-from recon_cli.scans import Limits, bytes_of
 
 if TYPE_CHECKING:
     from inverse.io.kspace import KSpace
@@ -207,7 +207,7 @@ def register(app: typer.Typer) -> None:
         contrast: _Contrast = None,
         repetition: _Repetition = None,
         template: _Template = None,
-        limits: Limits = 4.0,
+        limits: o.Limits = 4.0,
         overwrite: o.Overwrite = False,
         dry_run: o.DryRun = False,
         as_json: o.Json = False,
@@ -217,20 +217,22 @@ def register(app: typer.Typer) -> None:
         from inverse.io.measurement_file import write_measurement
         from inverse.io.raw import detect_raw
 
+        check_ending(out, ".h5", ".hdf5")
         check_file(out, overwrite)
         cap = bytes_of(limits)
-        name = detect_raw(path) if format == "auto" else format
-        log(f"reading {name} data")
-        raw = _read(
-            path,
-            name,
-            slices=slices,
-            pixel_mm=pixel_mm,
-            centre=centre,
-            contrast=contrast,
-            repetition=repetition,
-            max_bytes=cap,
-        )
+        with telling_kind(path, "convert", cap):
+            name = detect_raw(path) if format == "auto" else format
+            log(f"reading {name} data")
+            raw = _read(
+                path,
+                name,
+                slices=slices,
+                pixel_mm=pixel_mm,
+                centre=centre,
+                contrast=contrast,
+                repetition=repetition,
+                max_bytes=cap,
+            )
         if isinstance(raw, KSpace):
             file = raw.measurement()
         else:

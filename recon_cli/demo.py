@@ -11,8 +11,9 @@ from recon_cli import options as o
 from recon_cli.console import log
 from recon_cli.options import command
 from recon_cli.output import output_folder
-from recon_cli.pipeline import Recipe, Task, check_method, choose_prior, execute, pick_device, show
+from recon_cli.pipeline import execute, show
 from recon_cli.runlog import RunLog, sha256_of
+from recon_cli.task import Recipe, Task, check_method, choose_prior, named_prior, pick_device
 
 ANATOMY_SEED = 55
 FIELD_MM = 360.0
@@ -99,7 +100,7 @@ def register(app: typer.Typer) -> None:
         run = RunLog("demo", {out: "OUT"})
         with output_folder(out, overwrite=overwrite) as folder:
             recipe = Recipe(
-                prior=choose_prior(prior, "CT"),
+                prior=choose_prior(named_prior(prior), "CT"),
                 method=method,
                 steps=steps,
                 coupling=coupling,

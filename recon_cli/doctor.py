@@ -41,23 +41,6 @@ def _operators() -> dict[str, Callable[[], LinearOperator]]:
     }
 
 
-def _mismatch(operator: LinearOperator) -> float:
-    """Relative error of <Ax, y> = <x, A^H y> for random x and y, worst of three draws."""
-    import torch
-
-    worst = 0.0
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(3):
-        x = torch.randn(operator.in_shape, dtype=operator.dtype, generator=generator)
-        y = torch.randn(operator.out_shape, dtype=operator.out_dtype, generator=generator)
-        ax, ahy = operator(x), operator.adjoint(y)
-        left = torch.vdot(y.flatten(), ax.flatten())
-        right = torch.vdot(ahy.flatten(), x.flatten())
-        scale = float(torch.linalg.vector_norm(ax)) * float(torch.linalg.vector_norm(y))
-        worst = max(worst, abs(complex(left - right)) / scale)
-    return worst
-
-
 def register(app: typer.Typer) -> None:
     """Add the command."""
 
@@ -73,7 +56,7 @@ def register(app: typer.Typer) -> None:
             f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())
         ]
         optional = {name: find_spec(name) is not None for name in _OPTIONAL}
-        adjoints = {name: _mismatch(make()) for name, make in _operators().items()}
+        adjoints = {name: make().adjoint_error() for name, make in _operators().items()}
         priors = [card.name for card in list_priors()]
         bad = [n for n, e in adjoints.items() if not math.isfinite(e) or e > _TOLERANCE]
         if as_json:

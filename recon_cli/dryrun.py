@@ -1,7 +1,8 @@
 """``--dry-run``: what a command would read and write, with nothing computed to the end or written.
 
-The input is read and checked as in a run, and the scan and the classical baselines are tried on
-one slice, so that a run would fail where this does.  The prior is loaded and never called.
+The input is read and checked as in a run, and the scan, with a few of its views, and the classical
+baselines are tried on one slice, so that a run would fail where this does.  The prior is loaded
+and never called.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recon_cli.baselines import folders
 from recon_cli.console import log, print_json, print_table
 from recon_cli.evidence import FOLDER
-from recon_cli.pipeline import Recipe, Task, folders
 from recon_cli.runlog import SCHEMA_VERSION, RunLog
+from recon_cli.task import Recipe, Task
 
 if TYPE_CHECKING:
     from inverse.io.measurement_file import MeasurementFile
@@ -130,18 +132,37 @@ def plan_output(
 
 
 def plan_file(
-    out: Path, task: Task, slices: Sequence[int], run: RunLog, *, images: Series
+    out: Path,
+    task: Task,
+    slices: Sequence[int],
+    run: RunLog,
+    *,
+    images: Series,
+    shape: Sequence[int] | None = None,
 ) -> Plan:
-    """What ``simulate`` would do; ``task`` holds the first slice, or a volume."""
+    """What ``simulate`` would do.
+
+    Args:
+        out: file to write.
+        task: what was tried: the first slice, or a volume.
+        slices: all slices, by their index in the source.
+        run: log of the run so far.
+        images: the source.
+        shape: of all the data; by default as many items as there are of those tried.
+    """
+    from torch import Tensor
+
     measurement, count = task.measurement, len(slices)
-    assert task.truth is not None
+    assert isinstance(task.truth, Tensor)
     items = count if task.depth == 1 else len(measurement)
-    size = items * (measurement.data.nbytes + task.truth.nbytes) // len(measurement)
+    shape = [items, *measurement.data.shape[1:]] if shape is None else list(shape)
+    size = math.prod(shape) * measurement.data.element_size()
+    size += items * task.truth.nbytes // len(measurement)
     size += count * len(task.templates[0])
     shared = sum(t.nbytes for t in _tensors(measurement.operator))
     settings = {
         "measurement": task.label,
-        "data_shape": [items, *measurement.data.shape[1:]],
+        "data_shape": shape,
         **run.settings["simulation"],
     }
     writes = [Write(out.name, 1, size + shared + 10_000)]

@@ -7,14 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recon_cli.output import write_npy
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from inverse.measurement import Measurement
+    from inverse.volumes import Volume
+    from recon_cli.task import Task
 
-__all__ = ["FOLDER", "fit_by_group", "grouping", "residual_map", "write_maps"]
+__all__ = ["FOLDER", "Fit", "fit_by_group", "grouping", "residual_map", "write_maps"]
 
 FOLDER = "maps"
 RINGS = 8
@@ -54,6 +58,40 @@ def fit_by_group(measurement: Measurement, x: Tensor) -> NDArray[np.float64] | N
     return value if value.shape[1] == len(found[1]) else None
 
 
+class Fit:
+    """How an image fits the data, gathered from a few items at a time.
+
+    Args:
+        task: the measurement.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._chi2: list[NDArray[np.float64]] = []
+        self._groups: list[NDArray[np.float64] | None] = []
+
+    def add(self, items: slice, x: Tensor) -> None:
+        """The next items' images, physical units."""
+        few = self._task.part(items)
+        self._chi2.append(self._task.each_slice(few.chi2(x)))
+        self._groups.append(fit_by_group(few, x))
+
+    @property
+    def chi2(self) -> NDArray[np.float64]:
+        """Reduced residual chi-square a slice."""
+        import numpy as np
+
+        return np.concatenate(self._chi2)
+
+    @property
+    def by_group(self) -> NDArray[np.float64] | None:
+        """`fit_by_group` of all."""
+        import numpy as np
+
+        found = [part for part in self._groups if part is not None]
+        return np.concatenate(found) if len(found) == len(self._groups) else None
+
+
 def grouping(
     measurement: Measurement, fits: Mapping[str, NDArray[np.float64] | None]
 ) -> dict[str, Any] | None:
@@ -65,7 +103,9 @@ def grouping(
     return {"axis": found[0], "at": found[1], "methods": values}
 
 
-def residual_map(measurement: Measurement, x: Tensor) -> NDArray[np.float32]:
+def residual_map(
+    measurement: Measurement, x: Tensor, generator: Generator | None = None
+) -> NDArray[np.float32]:
     r"""Where in the image the data are not fitted, in units of what noise alone gives.
 
     .. math:: \frac{g}{\mathrm{rms}\,A^H(z/\sigma)}, \qquad
@@ -77,10 +117,11 @@ def residual_map(measurement: Measurement, x: Tensor) -> NDArray[np.float32]:
     Args:
         measurement: data, operator and noise.
         x: ``(slices, *in_shape)``, physical units.
+        generator: of the noise, for slices that follow others; by default a new one.
     """
     import torch
 
-    generator = torch.Generator().manual_seed(0)
+    generator = generator or torch.Generator().manual_seed(0)
     a, sigma = measurement.operator, measurement.noise
     y = measurement.data
     real = torch.randn(
@@ -98,10 +139,9 @@ def residual_map(measurement: Measurement, x: Tensor) -> NDArray[np.float32]:
     return (g / rms.clamp_min(torch.finfo(rms.dtype).tiny)).float().cpu().numpy()
 
 
-def write_maps(folder: Path, maps: Mapping[str, NDArray[np.float32]]) -> None:
+def write_maps(folder: Path, maps: Mapping[str, Volume]) -> None:
     """Write maps ``(slices, rows, columns)`` as half-precision ``.npy`` files in ``maps/``."""
-    import numpy as np
-
     (folder / FOLDER).mkdir(exist_ok=True)
     for name, volume in maps.items():
-        np.save(folder / FOLDER / f"{name}.npy", volume.astype(np.float16))
+        with (folder / FOLDER / f"{name}.npy").open("wb") as stream:
+            write_npy(stream, volume, "float16")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,9 +13,9 @@ import typer
 
 from recon_cli import runlog
 from recon_cli.console import log, print_json, print_table
-from recon_cli.options import Json, command
+from recon_cli.options import Json, Limits, bytes_of, command
 from recon_cli.runlog import SCHEMA_VERSION
-from recon_cli.scans import Limits, bytes_of
+from recon_cli.task import BASELINES
 
 if TYPE_CHECKING:
     from inverse.io.series import Inspection, Stack
@@ -58,11 +60,13 @@ def register(app: typer.Typer) -> None:
             )
         cards = list_priors()
         fits = [_fitting(stack, cards) for stack in found.stacks]
-        patients = identities(path, found, max_bytes=cap) if phi else []
+        told = identities(path, found, max_bytes=cap)
+        made = [_made(one.get("SeriesDescription", "")) for one in told]
+        patients = told if phi else []
         if as_json:
             result = found.to_dict()
-            for entry, names in zip(result["stacks"], fits, strict=True):
-                entry["priors"] = names
+            for entry, names, what in zip(result["stacks"], fits, made, strict=True):
+                entry |= {"priors": names} | ({"made": what} if what else {})
             for entry, patient in zip(result["stacks"], patients, strict=False):
                 entry["patient"] = patient
             print_json({"schema_version": SCHEMA_VERSION, **result, "raw": raw})
@@ -72,7 +76,7 @@ def register(app: typer.Typer) -> None:
                 _title(found, path),
                 ["stack", "series", "no.", "modality", "slices", "matrix", "spacing mm",
                  "remarks", "priors"],
-                [_row(stack, names) for stack, names in zip(found.stacks, fits, strict=True)],
+                [_row(*entry) for entry in zip(found.stacks, fits, made, strict=True)],
                 left=9,
             )  # fmt: skip
         for stack in found.stacks:
@@ -117,6 +121,57 @@ def _look(path: Path, cap: int, phi: bool) -> tuple[Inspection, list[dict[str, A
     raw += _projections(skipped)
     left = {k: n for k, n in skipped.items() if n > 0 and not k.startswith(_projection_words())}
     return replace(found, skipped=left), raw
+
+
+@contextmanager
+def telling_kind(path: Path, command: str, cap: int) -> Iterator[None]:
+    """Where reading a path fails since it is of another kind, say which and what takes it.
+
+    Args:
+        path: what is read.
+        command: that reads it: ``"study"`` (images), ``"reconstruct"`` or ``"convert"``.
+        cap: limit on archives, bytes.
+
+    Raises:
+        ReconError: the reader's, or one of its kind in other words.
+    """
+    from inverse.errors import ReconError
+
+    try:
+        yield
+    except ReconError as error:
+        try:
+            found, raw = _look(path, cap, phi=False)
+        except ReconError:
+            raise error from None
+        takers = [entry["command"] for entry in raw] + ["study"] * bool(found.stacks)
+        if command in takers:
+            raise
+        if found.stacks:
+            stack = found.stacks[0]
+            kind = "mri" if stack.modality == "MR" else "ct"
+            text = (
+                f"'{path}' holds {stack.modality} images; 'recon study {kind}' takes them, and "
+                f"'recon simulate {kind}' makes a measurement file of them"
+            )
+        elif raw:
+            text = _line(path, raw[0]).replace("; next: ", "; use ")
+        elif command == "reconstruct" and path.exists() and not _is_hdf5(path):
+            text = (
+                f"'{path}' is no measurement file, nor images or raw data that recon reads; "
+                "'recon simulate' and 'recon convert' write measurement files"
+            )
+        else:
+            raise
+        raise type(error)(text) from error
+
+
+def _is_hdf5(path: Path) -> bool:
+    """Whether a file begins as HDF5 does."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(8) == b"\x89HDF\r\n\x1a\n"
 
 
 def _projection_words() -> str:
@@ -209,9 +264,23 @@ def _title(found: Inspection, path: Path) -> str:
     return ", ".join(parts)
 
 
-def _row(stack: Stack, priors: Sequence[str]) -> list[str]:
+_TITLES = "|".join(
+    map(re.escape, ["Reference", "FBP", "Zero-filled", "CG-SENSE", "L1-wavelet",
+                    "Linear interpolation", *BASELINES.values()])
+)  # fmt: skip
+_MADE = re.compile(rf"RESEARCH ONLY - ({_TITLES}|Prior \([a-z0-9_]+\))(?= |$).*?( STD|$)")
+
+
+def _made(description: str) -> str:
+    """Which of this toolkit's outputs a series is, in its own words alone; else nothing."""
+    found = _MADE.match(description)
+    return "".join(found.groups()) if found else ""
+
+
+def _row(stack: Stack, priors: Sequence[str], made: str) -> list[str]:
     spacing = " x ".join(f"{v:.4g}" for v in stack.spacing) if stack.spacing else "unknown"
-    remarks = ["localizer"] * stack.localizer + ["lossy"] * stack.lossy
+    remarks = [made] * bool(made)
+    remarks += ["localizer"] * stack.localizer + ["lossy"] * stack.lossy
     remarks += [f"tilt {stack.tilt_deg:.1f} deg"] if stack.tilt_deg else []
     remarks += [note.code for note in stack.problems]
     return [

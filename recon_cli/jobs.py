@@ -7,7 +7,8 @@
     OUT/summary.csv      a row a job, of all jobs or of a shard
 
 Each job is a process of its own, so that one that fails, is killed or runs out of memory takes no
-other with it.  The same command goes on where it was cut short: what is done stays done.
+other with it.  The same command goes on where it was cut short: what is done stays done.  Under
+``torchrun`` each process takes whole jobs by their position, and the first sums up.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -34,6 +34,7 @@ from recon_cli import options as o
 from recon_cli.console import VERBOSITY, log, print_json, print_table
 from recon_cli.errors import usage
 from recon_cli.options import command, parse_pairs
+from recon_cli.processes import joined, unlaunched
 from recon_cli.runlog import SCHEMA_VERSION, write_json, write_whole
 
 __all__ = ["Job", "Status", "read_jobs", "register"]
@@ -215,6 +216,7 @@ def launch(arguments: Sequence[str]) -> tuple[int, str]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
+        env=unlaunched(),
         text=True,
         errors="replace",
     )
@@ -293,25 +295,34 @@ def register(group: typer.Typer) -> None:
     ) -> None:
         """One study a series, for many series; the same command continues and sums up."""
         index, count = _parse_shard(shard)
-        if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
-            raise usage("'study batch' divides jobs by --shard; start it without torchrun")
         jobs = read_jobs(path, kind, parse_pairs(common or [], "--with", "views=23"))
-        mine = jobs[index::count]
+        part = jobs[index::count]
+        table = out / ("summary.csv" if count == 1 else f"summary-{index}-of-{count}.csv")
         (out / "status").mkdir(parents=True, exist_ok=True)
-        statuses = []
-        for number, job in enumerate(mine):
-            status = _run(job, out)
-            statuses.append(status)
-            log(
-                f"{number + 1} of {len(mine)}: job {job.name} {status.state}"
-                + (f" ({status.error})" if status.error else "")
-            )
-        if statuses:
-            name = "summary.csv" if count == 1 else f"summary-{index}-of-{count}.csv"
-            write_whole(out / name, _summary(statuses))
-            log(f"wrote {out / name}")
-        _tell(statuses, as_json)
-        if any(status.state != "done" for status in statuses):
+        with joined() as processes:
+            VERBOSITY.quiet |= not processes.first
+            own = []
+            mine = part[processes.rank :: processes.size]
+            for number, job in enumerate(mine):
+                status = _run(job, out)
+                own.append(status)
+                log(
+                    f"{number + 1} of {len(mine)}: job {job.name} {status.state}"
+                    + (f" ({status.error})" if status.error else "")
+                )
+            held = processes.to_first(own)  # waits for all of them
+
+            def sum_up() -> bool:
+                statuses = [held[k % len(held)][k // len(held)] for k in range(len(part))]
+                if statuses:
+                    write_whole(table, _summary(statuses))
+                    log(f"wrote {table}")
+                _tell(statuses, as_json)
+                return all(status.state == "done" for status in statuses)
+
+            # the others stay until it is written, as a launcher ends all when one has failed
+            done = processes.from_first(sum_up)
+        if not done:
             raise typer.Exit(8)
 
 

@@ -14,7 +14,7 @@ import typer
 from recon_cli import options as o
 from recon_cli.console import log, print_json, print_table, progress
 from recon_cli.options import command, parse_slices
-from recon_cli.pipeline import choose_prior, pick_device
+from recon_cli.task import choose_prior, named_prior, pick_device
 
 if TYPE_CHECKING:
     import numpy as np
@@ -323,8 +323,10 @@ def register(app: typer.Typer) -> None:
         """Score images under a prior: bits a dimension and nats of every slice."""
         from inverse.sampling import RK45, Heun
 
+        asked = named_prior(prior)
         images = _read(path, series, stack, slices)
-        chosen_prior = choose_prior(prior, images.modality or _modality_of(prior))
+        told = images.modality or ("CT" if asked is None else asked.card.modality)
+        chosen_prior = choose_prior(asked, told)
         array, fitted, flags = _fit(images, chosen_prior, pixel_mm)
         card = fitted.card
         affine = images.top * fitted.offset, images.top * fitted.scale
@@ -364,13 +366,6 @@ def register(app: typer.Typer) -> None:
         _show(rows, flags, card.name, array.shape[1:], f"{bin_width:g} {images.unit}")
 
 
-def _modality_of(prior: str | None) -> str:
-    """The modality of a prior, for images that do not tell theirs."""
-    from inverse.priors import load_prior
-
-    return "CT" if prior is None else load_prior(prior).card.modality
-
-
 def _show(
     rows: list[dict[str, Any]], flags: list[str], name: str, shape: tuple[int, ...], bins: str
 ) -> None:
@@ -380,7 +375,7 @@ def _show(
 
     print_table(
         f"Likelihood under '{name}', {shape[0]} x {shape[1]} pixels, bins of {bins}",
-        ["slice", "status", "bits/dim", "nats", "net calls"],
+        ["slice", "status", "bits/dim", "nats", "network calls"],
         [
             [
                 str(row["slice"]),

@@ -22,6 +22,7 @@ def register(app: typer.Typer) -> None:
                     name: {
                         "title": m.title,
                         "options": dict(m.options),
+                        "accepts": dict(m.accepts),
                         "presets": {
                             modality: preset
                             for (method, modality), preset in PRESETS.items()
@@ -55,7 +56,8 @@ def register(app: typer.Typer) -> None:
         ]
         print_table(
             "Methods (network calls a slice and sample, by default)",
-            ["name", "method", "calls", "gradient", "exactness", "noise", "when", "reference"],
+            ["name", "method", "network calls", "gradient", "exactness", "noise", "when",
+             "reference"],
             rows,
             left=8,
-        )
+        )  # fmt: skip

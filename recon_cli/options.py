@@ -7,7 +7,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -21,7 +21,8 @@ from recon_cli.errors import usage
 if TYPE_CHECKING:
     from inverse.sampling import Named
 
-__all__ = ["command", "companions", "parse_pairs", "parse_slices", "parse_value", "read_options"]
+__all__ = ["bytes_of", "check_ending", "command", "companions", "parse_pairs", "parse_slices",
+           "parse_value", "read_options"]  # fmt: skip
 
 _SCAN, _RECON, _OUT = "Measurement", "Reconstruction", "Input and output"
 
@@ -109,11 +110,44 @@ StackName = Annotated[
         rich_help_panel=_OUT,
     ),
 ]
+Limits = Annotated[
+    float,
+    typer.Option(
+        "--limits",
+        metavar="GIB",
+        min=0.001,
+        help="Refuse input or a scan that claims more memory than this, before it is decoded or "
+        "simulated.",
+    ),
+]
+
+
+def bytes_of(gib: float) -> int:
+    """A limit in bytes."""
+    return int(gib * 2**30)
+
+
+def _range(text: str | None) -> str | None:
+    """A text of ``START:STOP:STEP``, checked before anything is read.
+
+    Raises:
+        typer.BadParameter: not of that form, or a step of zero.
+    """
+    try:
+        parts = [int(part) if part.strip() else None for part in (text or "0").split(":")]
+    except ValueError:
+        parts = []
+    if not 1 <= len(parts) <= 3 or (len(parts) == 1 and parts[0] is None) or parts[2:] == [0]:
+        raise usage(f"'{text}' is not START:STOP:STEP, such as 10:50:4, or one number")
+    return text
+
+
 Slices = Annotated[
     str | None,
     typer.Option(
         "--slices",
         metavar="START:STOP:STEP",
+        callback=_range,
         help="Slices to use, counted from 0 at the lowest position.",
         show_default="all",
         rich_help_panel=_OUT,
@@ -322,6 +356,7 @@ Missing = Annotated[
     typer.Option(
         "--missing",
         metavar="START:STOP:STEP",
+        callback=_range,
         help="Slices that are not measured, counted from 0 among those chosen.",
         show_default=False,
         rich_help_panel=_SCAN,
@@ -531,7 +566,7 @@ def command(
                     inspect.Parameter(
                         f.name,
                         inspect.Parameter.KEYWORD_ONLY,
-                        default=f.default,
+                        default=inspect.Parameter.empty if f.default is MISSING else f.default,
                         annotation=kinds[f.name],
                     )
                     for f in fields(groups[p.name])
@@ -566,6 +601,16 @@ def command(
         return function
 
     return register
+
+
+def check_ending(out: Path, *endings: str) -> None:
+    """Refuse an output whose ending tells another format than what is written.
+
+    Raises:
+        typer.BadParameter: with the endings that exist.
+    """
+    if not out.name.lower().endswith(endings):
+        raise usage(f"output '{out}' must end in {' or '.join(endings)}")
 
 
 def companions(*, pdf: bool, parametric_map: bool) -> tuple[str, ...]:
@@ -636,19 +681,13 @@ def parse_slices(text: str | None, count: int) -> list[int]:
     """Indices of ``START:STOP:STEP`` (or of one number) among ``count`` slices.
 
     Raises:
-        typer.BadParameter: not of that form, or a step of zero.
         InputError: nothing is selected.
     """
     from inverse.errors import InputError
 
     if text is None:
         return list(range(count))
-    try:
-        parts = [int(part) if part.strip() else None for part in text.split(":")]
-    except ValueError:
-        parts = []
-    if not 1 <= len(parts) <= 3 or (len(parts) == 1 and parts[0] is None) or parts[2:] == [0]:
-        raise usage(f"--slices '{text}' is not START:STOP:STEP, such as 10:50:4, or one number")
+    parts = [int(part) if part.strip() else None for part in text.split(":")]
     if len(parts) == 1:
         chosen = [i for i in range(count) if i == parts[0]]
     else:
@@ -679,7 +718,7 @@ def read_options(
     if "steps" in pairs:
         raise usage("--option steps is an option of its own; give --steps")
     try:
-        row.resolve(pairs)
+        row.check_names(pairs)
     except ReconError as error:
         raise usage(str(error)) from None
     kinds = get_type_hints(row.run)

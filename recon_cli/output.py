@@ -18,27 +18,27 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import io
 import json
+import math
 import os
 import shutil
 import signal
 import threading
 import zipfile
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from recon_cli.console import log, plain_json
-from recon_cli.runlog import sync, write_whole
+from recon_cli.runlog import sync, whole_file, write_whole
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from inverse.reconstruct import Batch
+    from inverse.volumes import Allocate, Volume
 
 __all__ = [
     "NOTHING_SAVED",
@@ -155,33 +155,45 @@ class Saved:
             )
         return begun
 
-    def get(self, name: str) -> tuple[dict[str, NDArray[Any]], Any] | None:
-        """A piece, or ``None`` where it is absent or damaged."""
-        import numpy as np
+    def get(
+        self, name: str, allocate: Allocate | None = None
+    ) -> tuple[dict[str, Volume], Any] | None:
+        """A piece, or ``None`` where it is absent or damaged.
 
+        Args:
+            name: of the piece.
+            allocate: where its volumes go, arrays of three axes; memory by default.
+        """
         if self.folder is None:
             return None
         try:
-            with np.load(self.folder / "saved" / f"{name}.npz", allow_pickle=False) as file:
-                arrays = {key: file[key] for key in file.files}  # zip members carry checksums
-            return arrays, json.loads(arrays.pop("meta").tobytes())
+            # members carry checksums, which reading to their ends compares
+            with zipfile.ZipFile(self.folder / "saved" / f"{name}.npz") as archive:
+                arrays = {
+                    member.filename.removesuffix(".npy"): _read_member(archive, member, allocate)
+                    for member in archive.infolist()
+                }
+            return arrays, json.loads(arrays.pop("meta")[:].tobytes())
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             log(f"the finished piece '{name}' is damaged and is computed again")
             return None
 
-    def put(self, name: str, arrays: Mapping[str, NDArray[Any]], meta: Any) -> None:
+    def put(self, name: str, arrays: Mapping[str, Volume], meta: Any) -> None:
         """Keep a piece; it is on disk when this returns."""
         import numpy as np
 
         if self.folder is None:
             return
-        stream = io.BytesIO()
         text = np.frombuffer(json.dumps(meta, allow_nan=False).encode(), np.uint8)
-        members: dict[str, Any] = {"meta": text, **arrays}
-        np.savez(stream, **members)
-        write_whole(self.folder / "saved" / f"{name}.npz", stream.getvalue())
+        with (
+            whole_file(self.folder / "saved" / f"{name}.npz") as stream,
+            zipfile.ZipFile(stream, "w") as archive,
+        ):
+            for key, array in {"meta": text, **arrays}.items():
+                with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
+                    write_npy(member, array)
 
     def claim(self, name: str) -> bool:
         """Whether this process is the first of the run's to ask for a piece."""
@@ -193,6 +205,41 @@ class Saved:
         except FileExistsError:
             return False
         return True
+
+
+def _read_member(
+    archive: zipfile.ZipFile, member: zipfile.ZipInfo, allocate: Allocate | None
+) -> Volume:
+    """An array of a piece, slice by slice."""
+    import numpy as np
+
+    with archive.open(member) as stream:
+        np.lib.format.read_magic(stream)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        array: Volume
+        if allocate is not None and len(shape) == 3:
+            array = allocate(shape, dtype)
+            each = dtype.itemsize * math.prod(shape[1:])
+            for k in range(shape[0]):
+                array[k] = np.frombuffer(stream.read(each), dtype).reshape(shape[1:])
+        else:
+            content = stream.read(dtype.itemsize * math.prod(shape))
+            array = np.frombuffer(bytearray(content), dtype).reshape(shape)
+        if stream.read(1):
+            raise ValueError("longer than its header says")
+    return array
+
+
+def write_npy(stream: IO[bytes], array: Volume, dtype: str | None = None) -> None:
+    """Write an array of at least one axis in NumPy's format, slice by slice."""
+    import numpy as np
+
+    kind = array.dtype if dtype is None else np.dtype(dtype)
+    descr = np.lib.format.dtype_to_descr(kind)
+    header = {"descr": descr, "fortran_order": False, "shape": array.shape}
+    np.lib.format.write_array_header_1_0(stream, header)
+    for part in array if array.ndim > 1 else [array]:
+        stream.write(np.asarray(part, kind, order="C").tobytes())
 
 
 NOTHING_SAVED = Saved(None)
@@ -209,12 +256,14 @@ def _difference(name: str, before: Any, now: Any) -> str:
 class Batches(MutableMapping[int, "Batch"]):
     """The finished batches of `inverse.reconstruct`, as pieces of a run.
 
-    They lie on disk, not in memory, unless the run keeps nothing.
+    They lie on disk, not in memory, unless the run keeps nothing.  One is written while the next
+    is computed; what went wrong is told when that one comes, or by :meth:`finish`.
     """
 
     def __init__(self, saved: Saved) -> None:
         self._saved = saved
         self._here: dict[int, Batch] = {}  # where nothing is kept on disk
+        self._writing: tuple[int, Future[None]] | None = None
 
     def __contains__(self, number: object) -> bool:
         return isinstance(number, int) and self._find(number) is not None
@@ -228,14 +277,30 @@ class Batches(MutableMapping[int, "Batch"]):
     def __setitem__(self, number: int, batch: Batch) -> None:
         if self._saved.folder is None:
             self._here[number] = batch
+            return
+        self.finish()
         meta = [batch.images, batch.operator_calls, batch.seconds]
         samples = batch.samples.resolve_conj().numpy()
-        self._saved.put(self._name(number), {"samples": samples}, meta)
+        writer = ThreadPoolExecutor(1)
+        piece = writer.submit(self._saved.put, self._name(number), {"samples": samples}, meta)
+        writer.shutdown(wait=False)
+        self._writing = number, piece
+
+    def finish(self) -> None:
+        """Wait until all pieces are on disk.
+
+        Raises:
+            BaseException: whatever ended the writing of the last one.
+        """
+        if self._writing is not None:
+            (_, piece), self._writing = self._writing, None
+            piece.result()
 
     def __delitem__(self, number: int) -> None:
         raise TypeError("finished batches are not taken back")
 
     def __iter__(self) -> Iterator[int]:
+        self.finish()
         if self._saved.folder is None:
             return iter(self._here)
         names = (path.stem for path in self._saved.folder.glob("saved/batch-*.npz"))
@@ -258,6 +323,8 @@ class Batches(MutableMapping[int, "Batch"]):
 
         if self._saved.folder is None:
             return self._here.get(number)
+        if self._writing is not None and self._writing[0] == number:
+            self.finish()
         piece = self._saved.get(self._name(number))
         if piece is None:
             return None

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from phantoms.simulate import Simulation
 
 _OBJECT, _SCAN = "Object", "Measurement (OUT ending in .h5)"
+_FORMATS = (".npy", ".npz", ".nii", ".h5")
 _MAX_BYTES = 4 * 2**30
 TEXTURE = "texture"
 """The one phantom that is no sum of shapes."""
@@ -268,7 +269,7 @@ def _write_array(out: Path, volume: NDArray[np.float32], arrays: dict[str, Any])
     import numpy as np
 
     stream = io.BytesIO()
-    if out.suffix == ".npy":
+    if out.suffix.lower() == ".npy":
         np.save(stream, volume)
     else:
         np.savez_compressed(stream, **arrays)
@@ -448,8 +449,12 @@ def register(app: typer.Typer) -> None:
         if name is None or out is None:
             raise usage("give a NAME ('recon phantom --list') and an output with -o")
         entry = _entry(name)
-        kind = ".nii" if out.name.endswith((".nii", ".nii.gz")) else out.suffix.lower()
-        kind = kind if kind in (".npy", ".npz", ".nii", ".h5") else ""
+        kind = ".nii" if out.name.lower().endswith(".nii.gz") else out.suffix.lower()
+        if kind not in ("", *_FORMATS):
+            raise usage(
+                f"output '{out}' ends in {kind}, which is none of {', '.join(_FORMATS)} and "
+                ".nii.gz; a folder for a DICOM series has no ending"
+            )
         scan = _Scan(views, geometry, photons, acceleration, mask, noise, motion, metal)
         _check_options(name, entry, kind, unit, scan)
         sidecar = out.with_name(out.name.partition(".nii")[0] + ".json")

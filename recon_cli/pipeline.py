@@ -1,303 +1,35 @@
 """From a measurement to an output folder: baselines, prior, metrics, DICOM, report, run.json.
 
-``study``, ``demo`` and ``reconstruct`` differ only in where the measurement comes from.
+``study``, ``demo`` and ``reconstruct`` differ only in where the measurement comes from.  Volumes
+are files of slices beside the output while they are worked on; memory holds a few slices of each.
 """
 
 from __future__ import annotations
 
 import hashlib
 import platform
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from recon_cli import baselines
 from recon_cli.console import log, plain_json, print_json, print_table, progress
-from recon_cli.errors import usage
-from recon_cli.evidence import FOLDER, fit_by_group, grouping, residual_map, write_maps
-from recon_cli.options import DEFAULT_METHOD, parse_pairs
+from recon_cli.evidence import FOLDER, Fit, residual_map, write_maps
+from recon_cli.judge import judge, trust
 from recon_cli.output import NOTHING_SAVED, Batches, Saved
-from recon_cli.processes import ALONE, Processes, local_rank
-from recon_cli.runlog import RunLog, sha256_of, versions, write_json
+from recon_cli.processes import ALONE, Processes
+from recon_cli.products import write_companions, write_dicom
+from recon_cli.runlog import ASIDE, RunLog, sha256_of, versions, write_json
+from recon_cli.task import Outcome, Recipe, Task
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
 
-    from inverse.io.series import Derivation
-    from inverse.measurement import Measurement
-    from inverse.posterior import Method
-    from inverse.posterior.volume import CouplingKind
-    from inverse.priors import NetworkPrior
     from inverse.reconstruct import Plan
+    from inverse.volumes import Allocate, Volume
 
-    Volume = NDArray[np.float32]
-
-__all__ = [
-    "BASELINES",
-    "Outcome",
-    "Recipe",
-    "Task",
-    "check_baselines",
-    "check_method",
-    "choose_planes",
-    "choose_prior",
-    "evaluate",
-    "execute",
-    "folders",
-    "pick_device",
-    "show",
-]
-
-Kind = Literal["ct", "mri", "inpaint"]
-METRICS = ("psnr", "ssim", "nrmse")
-BASELINES = {
-    "cgls": "CGLS",
-    "os-sart": "OS-SART",
-    "poisson": "Poisson likelihood",
-    "sirt": "SIRT",
-    "tv": "TV",
-}
-"""Classical images on request, by name: the title of each."""
-HU_RANGE = 2000.0
-"""Data range of PSNR and SSIM for CT: air to dense bone."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A measurement to reconstruct.
-
-    Attributes:
-        measurement: operator, data, noise.
-        truth: the image it was simulated from, on the reconstruction grid, physical units.
-        templates: DICOM headers, one a slice.
-        label: what was measured, in words.
-        simulated: computed from images or phantoms, not by a scanner.
-        slices: index of each slice in its source.
-        phantom: the data are exact line integrals of a phantom.
-        z_mm: position of each slice along z in mm; empty where it is not known.
-        plane: of the slices, see `inverse.trust.plane`; empty where it is not known.
-    """
-
-    measurement: Measurement
-    truth: Tensor | None
-    templates: Sequence[bytes]
-    label: str
-    simulated: bool
-    slices: Sequence[int]
-    phantom: bool = False
-    z_mm: Sequence[float] = ()
-    plane: str = ""
-
-    @property
-    def kind(self) -> Kind:
-        """Which family of operator measured."""
-        from inverse.operators.ct import RayTransform
-        from inverse.operators.mask import Mask
-        from inverse.operators.resample import ThickSlices
-
-        operator = self.measurement.operator
-        if isinstance(operator, RayTransform):
-            return "ct"
-        return "inpaint" if isinstance(operator, Mask | ThickSlices) else "mri"
-
-    @property
-    def depth(self) -> int:
-        """Slices of one measured item: one, or those of a volume."""
-        return self.measurement.slices // len(self.measurement)
-
-    def each_slice(self, value: Tensor) -> NDArray[np.float64]:
-        """One number an item as one a slice; slices of a volume share its number."""
-        return value.double().repeat_interleave(self.depth).numpy()
-
-    @property
-    def origin(self) -> str:
-        """Where the data come from, in words."""
-        if self.phantom:
-            return "simulation of a mathematical phantom"
-        return (
-            "retrospective simulation from processed images" if self.simulated else "measured data"
-        )
-
-    @property
-    def unit(self) -> Literal["HU", "signal"]:
-        """Unit of the images that are written."""
-        return "HU" if self.measurement.modality == "CT" else "signal"
-
-    def image(self, x: Tensor) -> Volume:
-        """Physical units to the written unit: HU, or the magnitude of the signal."""
-        from inverse.operators.units import mu_to_hu
-
-        x = x.reshape(-1, *x.shape[-2:])
-        if self.unit == "signal":
-            return x.abs().float().numpy()
-        return mu_to_hu(x, float(self.measurement.mu_water or 0.0)).float().numpy()
-
-    def spread(self, std: Tensor) -> Volume:
-        """A standard deviation in the written unit."""
-        scale = 1000.0 / float(self.measurement.mu_water or 1.0) if self.unit == "HU" else 1.0
-        return (std.float() * scale).reshape(-1, *std.shape[-2:]).numpy()
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to reconstruct; ``None`` leaves the method's default, as does an option not given.
-
-    ``also`` names files to write on request (`recon_cli.options.companions`), ``baselines``
-    further classical images (`BASELINES`); ``planes`` holds priors of coronal and sagittal images;
-    ``max_memory`` is in GiB.
-    """
-
-    prior: NetworkPrior
-    method: str = DEFAULT_METHOD
-    steps: int | None = None
-    samples: int = 1
-    seed: int = 0
-    batch: int = 8
-    device: str = "cpu"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    tv_weight: float | None = None
-    tv: bool = True
-    also: tuple[str, ...] = ()
-    baselines: tuple[str, ...] = ()
-    coupling: CouplingKind = "none"
-    planes: Mapping[str, NetworkPrior] = field(default_factory=dict)
-    max_memory: float | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One reconstruction in the written unit.
-
-    Attributes:
-        name: key in ``metrics.json``.
-        title: name for readers.
-        volume: ``(slices, rows, columns)``.
-        chi2: reduced residual chi-square a slice.
-        seconds: wall-clock time.
-        network_calls: a slice and sample.
-        std: standard deviation over samples, where there are several.
-        settings: resolved settings, for the DICOM provenance.
-        fit: chi-square by view or ring of k-space, ``(slices, groups)``.
-        maps: further images of the report, by name.
-    """
-
-    name: str
-    title: str
-    volume: Volume
-    chi2: NDArray[np.float64]
-    seconds: float
-    network_calls: int = 0
-    std: Volume | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    fit: NDArray[np.float64] | None = None
-    maps: Mapping[str, Volume] = field(default_factory=dict)
-
-    @property
-    def folder(self) -> str:
-        """Folder of its DICOM series in the output."""
-        return "recon" if self.name == "prior" else f"baseline-{self.name}"
-
-
-def check_method(name: str) -> Method:
-    """The method of a name; an unknown one is a usage error.
-
-    Raises:
-        typer.BadParameter: with the names that exist.
-    """
-    from inverse.posterior.methods import METHODS
-
-    if name not in METHODS:
-        raise usage(f"no method '{name}'; there are {', '.join(METHODS)} ('recon methods')")
-    return METHODS[name]
-
-
-def check_baselines(names: Sequence[str] | None) -> tuple[str, ...]:
-    """The classical images asked for, each once.
-
-    Raises:
-        typer.BadParameter: a name that is none; with those that exist.
-    """
-    wanted = tuple(dict.fromkeys(names or ()))
-    for name in wanted:
-        if name not in BASELINES:
-            raise usage(f"no baseline '{name}'; there are {', '.join(BASELINES)}")
-    return wanted
-
-
-def choose_prior(name: str | None, modality: str) -> NetworkPrior:
-    """Load the prior asked for, or the first bundled one of the modality.
-
-    Raises:
-        CheckpointError: none of that modality, a wrong one, or a file that is refused.
-    """
-    from inverse.errors import CheckpointError
-    from inverse.priors import list_priors, load_prior
-
-    if name is None:
-        cards = list_priors()
-        fitting = [card.name for card in cards if card.modality == modality]
-        if not fitting:
-            there = ", ".join(f"{c.name} ({c.modality})" for c in cards) or "none"
-            raise CheckpointError(
-                f"no bundled prior for {modality} images (bundled: {there}); give one with "
-                f"--prior FILE, or train one with 'recon train --modality {modality.lower()}'"
-            )
-        name = fitting[0]
-    prior = load_prior(name)
-    if prior.card.modality != modality:
-        raise CheckpointError(
-            f"prior '{prior.card.name}' is for {prior.card.modality} images, the input is "
-            f"{modality}; choose another --prior ('recon priors list')"
-        )
-    return prior
-
-
-def choose_planes(coupling: str, given: Sequence[str], modality: str) -> dict[str, NetworkPrior]:
-    """Priors of ``PLANE=NAME|FILE`` texts, by plane.
-
-    Raises:
-        typer.BadParameter: another plane, or priors of planes without the coupling that uses them.
-        CheckpointError: a prior that is refused.
-    """
-    pairs = parse_pairs(given, "--plane-prior", "coronal=my.safetensors")
-    if not set(pairs) <= {"coronal", "sagittal"}:
-        raise usage(f"--plane-prior takes coronal and sagittal, got {', '.join(pairs)}")
-    if pairs and coupling != "planes":
-        raise usage(f"--plane-prior is for --coupling planes, got --coupling {coupling}")
-    if coupling == "planes" and not pairs:
-        raise usage(
-            "--coupling planes needs a prior of coronal or sagittal images, since those bundled "
-            "know axial ones only; give --plane-prior coronal=FILE, or choose --coupling tv"
-        )
-    return {plane: choose_prior(name, modality) for plane, name in pairs.items()}
-
-
-def pick_device(name: str) -> str:
-    """``auto`` becomes the GPU where there is one; another name is checked.
-
-    Raises:
-        ResourceError: the device is not there.
-    """
-    import torch
-
-    from inverse.errors import ResourceError
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    place = local_rank()
-    if name == "cuda" and place is not None and torch.cuda.is_available():
-        return f"cuda:{place % torch.cuda.device_count()}"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        raise ResourceError(
-            f"device '{name}' is not available here; give --device cpu ('recon doctor' lists "
-            "devices)"
-        ) from None
-    return name
+__all__ = ["evaluate", "execute", "show"]
 
 
 # --- computing ---------------------------------------------------------------------------------
@@ -305,112 +37,6 @@ def pick_device(name: str) -> str:
 
 def _count(n: int, word: str) -> str:
     return f"{n} {word}" if n == 1 else f"{n} {word}s"
-
-
-def _baseline(
-    task: Task, name: str, title: str, solve: Callable[[Measurement], Tensor]
-) -> Outcome:
-    start = time.monotonic()
-    x = solve(task.measurement)
-    seconds = time.monotonic() - start
-    chi2 = task.each_slice(task.measurement.chi2(x))
-    fit = fit_by_group(task.measurement, x)
-    return Outcome(name, title, task.image(x), chi2, seconds, fit=fit)
-
-
-def _in_groups(solve: Callable[[Measurement], Tensor]) -> Callable[[Measurement], Tensor]:
-    """A solver of independent slices, given a few at a time, which bounds its memory."""
-    import torch
-
-    def grouped(measurement: Measurement) -> Tensor:
-        groups = torch.arange(len(measurement)).split(16)
-        return torch.cat([solve(measurement.take(index)) for index in groups])
-
-    return grouped
-
-
-def _direct(task: Task, run: RunLog) -> Outcome:
-    """The classical linear image: filtered backprojection, zero filling, or CG where neither.
-
-    Volumes of thick or missing slices are interpolated along z.
-    """
-    from inverse.classical import cgls, fbp, interpolated, zero_filled
-    from inverse.errors import UnsupportedError
-
-    if task.kind == "inpaint" and task.depth > 1:
-        return _baseline(task, "interpolated", "Linear interpolation", interpolated)
-    if task.kind != "ct":
-        return _baseline(task, "zero-filled", "Zero-filled", zero_filled)
-    try:
-        return _baseline(task, "fbp", "FBP", _in_groups(fbp))
-    except UnsupportedError as error:
-        run.warn("NO_FBP", f"{error}; the baseline is least squares by conjugate gradients")
-        return _baseline(task, "cgls", "CGLS", cgls)
-
-
-def _mri(task: Task, sparse: bool) -> list[Outcome]:
-    """What is usual for k-space beyond zero filling: coils by CG-SENSE, sparsity by wavelets."""
-    from inverse.classical import cg_sense, l1_wavelet
-    from inverse.operators.mri import CartesianMRI
-
-    found = []
-    if not isinstance(task.measurement.operator, CartesianMRI):  # there it is zero filling
-        found.append(_baseline(task, "cg-sense", "CG-SENSE", cg_sense))
-    if sparse and task.depth == 1:
-        found.append(_baseline(task, "l1-wavelet", "L1-wavelet", l1_wavelet))
-    return found
-
-
-def _named(task: Task, name: str, weight: float | None, run: RunLog) -> Outcome:
-    """A classical image of `BASELINES`."""
-    from inverse import classical
-
-    if name == "tv":
-        return _tv(task, weight, run)
-    solve: dict[str, Callable[[Measurement], Tensor]] = {
-        "cgls": classical.cgls,
-        "os-sart": classical.os_sart,
-        "poisson": lambda m: classical.poisson(m).x,
-        "sirt": classical.sirt,
-    }
-    with progress(BASELINES[name]):
-        return _baseline(task, name, BASELINES[name], solve[name])
-
-
-def folders(task: Task, recipe: Recipe, run: RunLog) -> list[str]:
-    """Folders of the series that :func:`execute` writes, from its baselines of one slice."""
-    import torch
-
-    first = task.measurement.take(torch.tensor([0]))
-    one = replace(task, measurement=first, truth=None, slices=task.slices[: task.depth])
-    with torch.inference_mode():
-        found = [_direct(one, run)]
-        if task.kind == "mri" and first.operator.dtype.is_complex:
-            found += _mri(one, recipe.tv)
-    names = [outcome.folder for outcome in found] + ["baseline-tv"] * recipe.tv
-    names += [f"baseline-{name}" for name in recipe.baselines]
-    names = [*dict.fromkeys(names), "recon"]
-    return names + ["std"] * (recipe.samples > 1) + ["truth"] * (task.truth is not None)
-
-
-def _tv(task: Task, weight: float | None, run: RunLog) -> Outcome:
-    from inverse.classical import tv
-
-    with progress("total variation"):
-        start = time.monotonic()
-        result = tv(task.measurement, weight)
-        seconds = time.monotonic() - start
-    late = int((~result.converged).sum())
-    if late:
-        run.warn(
-            "TV_NOT_CONVERGED",
-            f"total variation did not converge in {late} slices; its image may fall short",
-        )
-    settings = {"weight": result.weight, "iterations": int(result.iterations.max())}
-    run.settings["tv"] = settings
-    chi2 = task.each_slice(task.measurement.chi2(result.x))
-    fit = fit_by_group(task.measurement, result.x)
-    return Outcome("tv", "TV", task.image(result.x), chi2, seconds, settings=settings, fit=fit)
 
 
 def _plan(task: Task, recipe: Recipe, processes: Processes = ALONE) -> Plan:
@@ -445,16 +71,35 @@ def _compute(task: Task, recipe: Recipe, plan: Plan, batches: Batches) -> None:
     n = task.measurement.slices
     what = f"{_count(n, 'slice')} x {_count(recipe.samples, 'sample')}"
     with progress(f"prior '{recipe.prior.card.name}', method {recipe.method}, {what}") as advance:
-        plan.run(batches, claim=batches.claim, callback=advance)
+        try:
+            plan.run(batches, claim=batches.claim, callback=advance)
+        finally:
+            batches.finish()
 
 
-def _merge(task: Task, recipe: Recipe, run: RunLog, plan: Plan, batches: Batches) -> Outcome:
+def _merge(
+    task: Task, recipe: Recipe, run: RunLog, plan: Plan, batches: Batches, allocate: Allocate
+) -> Outcome:
     """The outcome of all parts."""
+    import torch
+
     from inverse.operators.mask import Mask
 
-    result = plan.result(batches, keep_samples=False)
-    if result.status != "ok":
-        run.warn("RECONSTRUCTION", result.status)
+    volume = allocate(task.shape, "float32")
+    std = allocate(task.shape, "float32") if recipe.samples > 1 else None
+    residual = allocate(task.shape, "float16")
+    fit, generator = Fit(task), torch.Generator().manual_seed(0)
+
+    def sink(items: slice, mean: Tensor, spread: Tensor) -> None:
+        places, few = task.places(items), task.part(items)
+        volume[places] = task.image(mean)
+        if std is not None:
+            std[places] = task.spread(spread)
+        residual[places] = residual_map(few, mean, generator).reshape(-1, *task.shape[1:])
+        fit.add(items, mean)
+
+    result = plan.result(batches, sink=sink)
+    run.notes(result.remarks)
     operator = task.measurement.operator
     if isinstance(operator, Mask) and operator.slicewise and recipe.coupling == "none":
         run.warn(
@@ -466,7 +111,6 @@ def _merge(task: Task, recipe: Recipe, run: RunLog, plan: Plan, batches: Batches
         "operator_calls": result.operator_calls,
         "status": result.status,
     }
-    volume = task.image(result.mean)
     return Outcome(
         "prior",
         f"Prior ({recipe.method})",
@@ -474,245 +118,49 @@ def _merge(task: Task, recipe: Recipe, run: RunLog, plan: Plan, batches: Batches
         task.each_slice(result.residual_chi2),
         result.seconds,
         result.nfe // task.depth,
-        task.spread(result.std) if recipe.samples > 1 else None,
+        std,
         dict(result.settings),
-        fit_by_group(task.measurement, result.mean),
-        {"residual": residual_map(task.measurement, result.mean).reshape(volume.shape)},
+        fit.by_group,
+        {"residual": residual},
     )
 
 
-# --- judging -----------------------------------------------------------------------------------
-
-
-def _mask(task: Task, truth: Volume, run: RunLog) -> tuple[str, NDArray[np.bool_]]:
-    """Where images are compared: the missing pixels of inpainting, else the body."""
-    import numpy as np
-
-    from inverse.metrics import body_mask
-    from inverse.operators.mask import Mask
-
-    operator = task.measurement.operator
-    if isinstance(operator, Mask):
-        if operator.slicewise:
-            return "missing slices", ~operator.mask.numpy()
-        return "missing pixels", np.broadcast_to(~operator.mask.numpy(), truth.shape)
-    threshold = -500.0 if task.unit == "HU" else 0.1 * float(np.percentile(truth, 99))
-    mask = body_mask(truth, threshold)
-    empty = ~mask.any(axis=(1, 2))
-    if empty.any():
-        run.warn(
-            "NO_BODY", f"{int(empty.sum())} slices show no body; their metrics are of all pixels"
-        )
-        mask[empty] = True
-    return "body", mask
-
-
-def _judge(task: Task, outcomes: Sequence[Outcome], run: RunLog) -> dict[str, Any]:
-    """The content of ``metrics.json``."""
-    import numpy as np
-
-    from inverse import metrics
-    from recon_cli.runlog import SCHEMA_VERSION
-
-    result: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "unit": task.unit,
-        "mask": None,
-        "data_range": None,
-        "methods": {},
-        "per_slice": [{"slice": int(z)} for z in task.slices],
-    }
-    truth = mask = None
-    judged = np.arange(0)
-    if task.truth is not None:
-        truth = task.image(task.truth)
-        result["mask"], mask = _mask(task, truth, run)
-        top = HU_RANGE if task.unit == "HU" else float(np.percentile(truth, 99.9))
-        result["data_range"] = top
-        judged = np.flatnonzero(mask.any(axis=(1, 2)))  # not the slices that were measured
-        truth, mask = truth[judged], mask[judged]
-    for outcome in outcomes:
-        row: dict[str, Any] = {}
-        for name in METRICS if truth is not None else ():
-            values = getattr(metrics, name)(
-                outcome.volume[judged], truth, data_range=result["data_range"], mask=mask
-            )
-            interval = metrics.ci95(values) if len(values) > 1 else None
-            row[name] = {"mean": float(values.mean()), "ci95": interval}
-            for k, value in zip(judged, values, strict=True):
-                result["per_slice"][k].setdefault(outcome.name, {})[name] = float(value)
-        for entry, value in zip(result["per_slice"], outcome.chi2, strict=True):
-            entry.setdefault(outcome.name, {})["residual_chi2"] = float(value)
-        result["methods"][outcome.name] = {
-            "title": outcome.title,
-            **row,
-            "residual_chi2": float(outcome.chi2.mean()),
-            "seconds": round(outcome.seconds, 3),
-            "network_calls": outcome.network_calls,
-        }
-    result["residual_by_group"] = grouping(task.measurement, {o.name: o.fit for o in outcomes})
-    return result
-
-
-def _trust(
-    task: Task, recipe: Recipe, run: RunLog, plan: Plan, batches: Batches, outcome: Outcome
-) -> tuple[dict[str, Any], Outcome]:
-    """What can be said without the truth: entry of ``metrics.json``, and maps of the prior's part.
-
-    Where nothing can be said, the light is amber and the reason says why.
-    """
-    from inverse.errors import ReconError
-    from inverse.trust import examine
-
-    try:
-        found = examine(
-            task.measurement,
-            recipe.prior,
-            plan.draws(batches),
-            outcome.settings,
-            orientation=task.plane,
-        )
-    except ReconError as error:
-        trust: dict[str, Any] = {"light": "amber", "reasons": [f"not examined: {error}"]}
-        run.settings["verdict"] = trust
-        return trust, outcome
-    shape = outcome.volume.shape
-    maps = {"prior-share": found.share.reshape(shape).numpy()}
-    if found.null_std is not None:
-        maps["null-std"] = task.spread(found.null_std)
-    if found.interval is not None:
-        maps["interval-low"] = task.image(found.interval.low)
-        maps["interval-high"] = task.image(found.interval.high)
-    trust = found.to_dict()
-    run.settings["verdict"] = {name: trust[name] for name in ("light", "reasons")}
-    return trust, replace(outcome, maps={**outcome.maps, **maps})
+def _truth(task: Task, allocate: Allocate) -> Volume | None:
+    """The truth in the written unit."""
+    if task.truth is None:
+        return None
+    volume = allocate(task.shape, "float32")
+    for items in task.groups():
+        volume[task.places(items)] = task.true_image(items)
+    return volume
 
 
 def evaluate(task: Task, recipe: Recipe, run: RunLog) -> dict[str, Any]:
     """The prior's reconstruction judged as in ``metrics.json``; nothing is written."""
+    import numpy as np
+
     plan, batches = _plan(task, recipe), Batches(NOTHING_SAVED)
     _compute(task, recipe, plan, batches)
-    return _judge(task, [_merge(task, recipe, run, plan, batches)], run)
+    outcome = _merge(task, recipe, run, plan, batches, np.empty)
+    return judge(task, [outcome], _truth(task, np.empty), run)
 
 
-# --- writing -----------------------------------------------------------------------------------
-
-
-def _derivation(
-    task: Task, title: str, settings: Mapping[str, Any], run: RunLog, *, generative: bool
-) -> Derivation:
-    """How an outcome came about, for its DICOM headers."""
-    from inverse.io.series import Derivation
-
-    prior = run.prior or {}
-    return Derivation(
-        method=str(settings.get("method", title)),
-        text=f"{task.label}; {task.origin}",
-        seed=run.seed,
-        settings=settings,
-        prior=prior.get("name") if generative else None,
-        prior_sha256=prior.get("sha256") if generative else None,
-    )
-
-
-def _write_dicom(task: Task, outcomes: Sequence[Outcome], folder: Path, run: RunLog) -> None:
-    """One derived series an outcome; the truth too, as the reference of the report."""
-    from inverse.io.series import write_series
-
-    def write(
-        name: str,
-        volume: Volume,
-        title: str,
-        number: int,
-        settings: Mapping[str, Any],
-        *,
-        kind: Literal["image", "std"] = "image",
-        generative: bool = False,
-    ) -> None:
-        written = write_series(
-            folder / name,
-            volume,
-            task.templates,
-            description=title,
-            derivation=_derivation(task, title, settings, run, generative=generative),
-            kind=kind,
-            series_number=number,
-            synthetic=task.simulated or generative,
-            unit=task.unit,
-            created=run.started.astimezone(),
-        )
-        if written.saturated:
-            run.warn(
-                "SATURATED",
-                f"{written.saturated} voxels of {name} exceed the range that DICOM stores and "
-                "were clipped",
-            )
-        run.outputs[name] = sha256_of(folder / name) | {
-            "slices": len(written.paths),
-            "slope": written.slope,
-        }
-
-    for number, outcome in enumerate(outcomes, start=9001):
-        mine = outcome.name == "prior"
-        title = f"{outcome.title} {task.label}"
-        write(outcome.folder, outcome.volume, title, number, outcome.settings, generative=mine)
-        if outcome.std is not None:
-            write("std", outcome.std, title, 9050, outcome.settings, kind="std", generative=mine)
-    if task.truth is not None:
-        write("truth", task.image(task.truth), "Reference on this grid", 9060, {})
-
-
-def _write_map(task: Task, outcome: Outcome, folder: Path, run: RunLog) -> None:
-    """The std map of the prior with exact values, as one Parametric Map."""
-    from inverse.io.dicom import write_parametric_map
-
-    if outcome.std is None:
-        run.warn("NO_MAP", "one sample a slice has no std map, so no Parametric Map is written")
-        return
-    write_parametric_map(
-        folder / "std-map",
-        outcome.std,
-        task.templates,
-        description=f"{outcome.title} {task.label}",
-        derivation=_derivation(task, outcome.title, outcome.settings, run, generative=True),
-        unit=task.unit,
-        created=run.started.astimezone(),
-    )
-    run.outputs["std-map"] = sha256_of(folder / "std-map") | {"slices": len(task.slices)}
-
-
-def _write_pdf(task: Task, outcome: Outcome, folder: Path, run: RunLog) -> None:
-    """The report as PDF, and as an object of the study where the source is DICOM."""
-    from inverse.io.dicom import write_pdf
-    from inverse.io.nifti import is_nifti_template
-    from recon_cli.report.pdf import build_pdf
-
-    path = build_pdf(folder)
-    run.outputs[path.name] = sha256_of(path)
-    if is_nifti_template(task.templates[0]):
-        return
-    write_pdf(
-        folder / "report-dicom",
-        path.read_bytes(),
-        task.templates,
-        title=f"{outcome.title} {task.label}",
-        derivation=_derivation(task, outcome.title, outcome.settings, run, generative=True),
-        names_patient=bool(run.patient),
-        created=run.started.astimezone(),
-    )
-    run.outputs["report-dicom"] = sha256_of(folder / "report-dicom")
+# --- continuing --------------------------------------------------------------------------------
 
 
 def _manifest(task: Task, recipe: Recipe, run: RunLog) -> dict[str, Any]:
     """Everything that the bits of the result depend on."""
+    import numpy as np
+
     digest = hashlib.sha256()
-    for tensor in (task.measurement.data, task.measurement.noise, task.truth):
-        if tensor is not None:
-            digest.update(str(tensor.shape).encode() + tensor.numpy().tobytes())
-    telling = ("out", "overwrite", "resume", "limits", "prior", "device", "max-memory")
+    for array in (task.measurement.data, task.measurement.noise, task.truth):
+        if array is not None:
+            digest.update(str(tuple(array.shape)).encode())
+            for part in array if array.ndim else [array]:
+                digest.update(np.ascontiguousarray(part).data)
     return {
         "command": run.command,
-        **{f"--{name}": v for name, v in run.options.items() if name not in telling},
+        **{f"--{name}": v for name, v in run.options.items() if name not in ASIDE},
         "device": recipe.device.partition(":")[0],
         "inputs": run.inputs,
         "measured data": digest.hexdigest(),
@@ -724,11 +172,10 @@ def _manifest(task: Task, recipe: Recipe, run: RunLog) -> dict[str, Any]:
     }
 
 
-def _kept(
-    saved: Saved, name: str, run: RunLog, compute: Callable[[], list[Outcome]]
-) -> list[Outcome]:
+def _kept(saved: Saved, job: baselines.Job, run: RunLog, allocate: Allocate) -> list[Outcome]:
     """Baselines, computed once in the life of a run that is continued."""
-    piece = saved.get(name)
+    name, compute = job
+    piece = saved.get(name, allocate)
     if piece is not None:
         arrays, meta = piece
         run.notes([(w["code"], w["text"]) for w in meta["warnings"]])
@@ -736,8 +183,8 @@ def _kept(
         return [
             Outcome(
                 volume=arrays[f"volume{i}"],
-                chi2=arrays[f"chi2{i}"],
-                fit=arrays.get(f"fit{i}"),
+                chi2=arrays[f"chi2{i}"][:],
+                fit=arrays[f"fit{i}"][:] if f"fit{i}" in arrays else None,
                 **rest,
             )
             for i, rest in enumerate(meta["outcomes"])
@@ -757,6 +204,9 @@ def _kept(
     return outcomes
 
 
+# --- the whole run -----------------------------------------------------------------------------
+
+
 def execute(
     task: Task,
     recipe: Recipe,
@@ -770,7 +220,7 @@ def execute(
     Args:
         task: what to reconstruct.
         recipe: how.
-        folder: where the output goes.
+        folder: where the output goes; volumes in work lie there too, in files without a name.
         run: log of the run.
         saved: finished pieces, of a run that continues.
         processes: those that share the work; all but the first compute parts and write nothing.
@@ -782,6 +232,8 @@ def execute(
 
     import torch
 
+    from inverse.memory import trim
+    from inverse.volumes import DiskVolume
     from recon_cli.report.build import build
 
     run.prior = asdict(recipe.prior.card)
@@ -799,46 +251,39 @@ def execute(
         _compute(task, recipe, plan, batches)
         processes.wait()
         return {}
+    allocate: Allocate = partial(DiskVolume, folder)
+    trim()  # of what reading or simulating the measurement has freed
     with run.phase("baselines"), torch.inference_mode():
-        outcomes = _kept(saved, "direct", run, lambda: [_direct(task, run)])
-        if task.kind == "mri" and task.measurement.operator.dtype.is_complex:
-            outcomes += _kept(saved, "mri", run, lambda: _mri(task, recipe.tv))
-        if recipe.tv:
-            outcomes += _kept(saved, "tv", run, lambda: [_tv(task, recipe.tv_weight, run)])
-        there = {outcome.name for outcome in outcomes}
-        for name in (n for n in recipe.baselines if n not in there):
-
-            def compute(name: str = name) -> list[Outcome]:
-                return [_named(task, name, recipe.tv_weight, run)]
-
-            outcomes += _kept(saved, name, run, compute)
+        outcomes: list[Outcome] = []
+        for job in baselines.jobs(task, recipe, run, allocate):
+            if job[0] not in {outcome.name for outcome in outcomes}:
+                outcomes += _kept(saved, job, run, allocate)
     with run.phase("prior"):
         _compute(task, recipe, plan, batches)
         processes.wait()
-        outcomes.append(_merge(task, recipe, run, plan, batches))
+        outcomes.append(_merge(task, recipe, run, plan, batches, allocate))
     if recipe.samples == 1:
         run.warn(
             "NO_STD",
-            "one sample a slice, so no std map; for one to believe give --samples 8 and a method "
-            "whose spread is the posterior's (--method mmps or pnpdm)",
+            "one sample a slice, so no std map; for one give --samples 8 and a method whose "
+            "spread is right for exact priors (--method mmps or pnpdm)",
         )
     with run.phase("metrics"):
-        metrics = _judge(task, outcomes, run)
-        metrics["trust"], outcomes[-1] = _trust(task, recipe, run, plan, batches, outcomes[-1])
+        truth = _truth(task, allocate)
+        metrics = judge(task, outcomes, truth, run)
+        metrics["trust"], maps = trust(task, recipe, run, plan, batches, outcomes[-1], allocate)
     with run.phase("write"):
-        _write_dicom(task, outcomes, folder, run)
-        write_maps(folder, outcomes[-1].maps)
+        write_dicom(task, outcomes, truth, folder, run)
+        write_maps(folder, {**outcomes[-1].maps, **maps})
         run.outputs[FOLDER] = sha256_of(folder / FOLDER)
-        if "parametric-map" in recipe.also:
-            _write_map(task, outcomes[-1], folder, run)
         write_json(folder / "metrics.json", metrics)
         run.outputs["metrics.json"] = sha256_of(folder / "metrics.json")
     with run.phase("report"):
         # the report reads the folder as 'recon report' does; its own time is the one left out
         write_json(folder / "run.json", run.to_dict())
         build(folder)
-        if "pdf" in recipe.also:
-            _write_pdf(task, outcomes[-1], folder, run)
+    with run.phase("companions"):  # last, as the result stands without them
+        write_companions(task, recipe, outcomes[-1], folder, run)
     write_json(folder / "run.json", run.to_dict())
     return metrics
 
@@ -873,10 +318,14 @@ def show(out: Path, task: Task, metrics: Mapping[str, Any], run: RunLog, as_json
         ]
         for row in metrics["methods"].values()
     ]
-    where = f" inside {metrics['mask']}" if metrics["mask"] else ""
+    where = (
+        f" inside {metrics['mask']}; [95 %]: of the mean over these slices"
+        if metrics["mask"]
+        else ""
+    )
     print_table(
         f"{task.label}, {_count(len(task.slices), 'slice')}{where}",
-        ["method", "PSNR dB [95% CI]", "SSIM", "NRMSE", "residual chi2", "seconds", "net calls"],
+        ["method", "PSNR dB [95 %]", "SSIM", "NRMSE", "residual χ²", "seconds", "network calls"],
         rows,
     )
     if "trust" in metrics:

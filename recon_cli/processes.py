@@ -22,7 +22,15 @@ import typer
 from recon_cli.console import VERBOSITY
 from recon_cli.output import Work, working_folder
 
-__all__ = ["ALONE", "Processes", "SharedWork", "local_rank", "shared_folder"]
+__all__ = [
+    "ALONE",
+    "Processes",
+    "SharedWork",
+    "joined",
+    "local_rank",
+    "shared_folder",
+    "unlaunched",
+]
 
 T = TypeVar("T")
 _PATIENCE = timedelta(days=2)  # the longest that one process may be busy while others wait
@@ -67,6 +75,20 @@ class Processes:
         value: T = held[0]
         return value
 
+    def to_first(self, value: T) -> list[T]:
+        """The values of all processes in their order, in the first; none in the others.
+
+        Raises:
+            ResourceError: one of them is gone.
+        """
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        held: list[Any] = [None] * self.size
+        self._guarded(lambda: dist.gather_object(value, held if self.first else None))
+        return held if self.first else []
+
     def wait(self) -> None:
         """Until all processes are here.
 
@@ -90,8 +112,8 @@ class Processes:
             talk()
         except RuntimeError:
             raise ResourceError(
-                f"process {self.rank} of {self.size} lost another one; repeat the command with "
-                "--resume, which computes what is missing"
+                f"process {self.rank} of {self.size} lost another one; repeat the command, where "
+                "it has that with --resume, to compute what is missing"
             ) from None
 
 
@@ -104,8 +126,28 @@ def local_rank() -> int | None:
     return int(value) if value.isdigit() else None
 
 
+def unlaunched() -> dict[str, str]:
+    """The environment for a process of this one's that is no part of the launcher's run.
+
+    On a machine with GPUs it sees the one of this process alone.
+    """
+    own = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+    foreign = ("GROUP_", "ROLE_", "TORCHELASTIC_")
+    found = {k: v for k, v in os.environ.items() if k not in own and not k.startswith(foreign)}
+    place = local_rank()
+    if place is None:
+        return found
+    import torch
+
+    if torch.cuda.is_available():
+        visible = found.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        names = visible if any(visible) else [str(k) for k in range(torch.cuda.device_count())]
+        found["CUDA_VISIBLE_DEVICES"] = names[place % len(names)]
+    return found
+
+
 @contextmanager
-def _joined() -> Iterator[Processes]:
+def joined() -> Iterator[Processes]:
     """Meet the processes of the launcher at its rendezvous; alone where there is none."""
     from inverse.launch import launched, meet
 
@@ -143,7 +185,7 @@ def shared_folder(
     The first process holds the folder; the others see its finished pieces, and end when it has
     failed to get it.
     """
-    with _joined() as processes, ExitStack() as stack:
+    with joined() as processes, ExitStack() as stack:
         VERBOSITY.quiet |= not processes.first
         work = processes.from_first(
             lambda: stack.enter_context(

@@ -10,21 +10,21 @@ import typer
 
 from recon_cli import options as o
 from recon_cli.dryrun import plan_output, tell
-from recon_cli.options import command
-from recon_cli.pipeline import (
+from recon_cli.inspect import telling_kind
+from recon_cli.options import bytes_of, command
+from recon_cli.pipeline import execute, show
+from recon_cli.processes import shared_folder
+from recon_cli.runlog import RunLog, sha256_of
+from recon_cli.task import (
     Recipe,
     Task,
     check_baselines,
     check_method,
     choose_planes,
     choose_prior,
-    execute,
+    named_prior,
     pick_device,
-    show,
 )
-from recon_cli.processes import shared_folder
-from recon_cli.runlog import RunLog, sha256_of
-from recon_cli.scans import Limits, bytes_of
 
 if TYPE_CHECKING:
     from inverse.io.dicom import PatientFrame
@@ -90,7 +90,7 @@ def _task(path: Path, run: RunLog, max_bytes: int) -> Task:
     from inverse.io.measurement_file import read_measurement
     from inverse.trust import plane
 
-    with run.phase("read"):
+    with run.phase("read"), telling_kind(path, "reconstruct", max_bytes):
         file = read_measurement(path, max_bytes=max_bytes)
         run.inputs["measurement"] = sha256_of(path)
     provenance = dict(file.measurement.provenance)
@@ -153,7 +153,7 @@ def register(app: typer.Typer) -> None:
         max_memory: o.MaxMemory = None,
         device: o.Device = "auto",
         seed: o.Seed = 0,
-        limits: Limits = 4.0,
+        limits: o.Limits = 4.0,
         pdf: o.Pdf = False,
         parametric_map: o.ParametricMap = False,
         resume: o.Resume = False,
@@ -166,6 +166,9 @@ def register(app: typer.Typer) -> None:
         options = o.read_options(chosen, option or [])
         also = o.companions(pdf=pdf, parametric_map=parametric_map)
         run = RunLog("reconstruct", {path: "MEAS", out: "OUT"})
+        asked = named_prior(prior)
+        if resume and not overwrite and run.is_complete(out, path, asked, as_json=as_json):
+            return
         with shared_folder(
             out, overwrite=overwrite, inputs=[path], resume=resume, dry=dry_run
         ) as work:
@@ -174,7 +177,7 @@ def register(app: typer.Typer) -> None:
             if metal_threshold is not None:
                 task = _without_metal(task, metal_threshold, run)
             recipe = Recipe(
-                prior=choose_prior(prior, task.measurement.modality),
+                prior=choose_prior(asked, task.measurement.modality),
                 method=method,
                 steps=steps,
                 samples=samples,
@@ -192,6 +195,7 @@ def register(app: typer.Typer) -> None:
             if dry_run:
                 tell(plan_output(out, task, recipe, task.slices, run), as_json)
                 return
+            task = task.with_truth_in(work.folder)
             metrics = execute(task, recipe, work.folder, run, work.saved, work.processes)
         if work.processes.first:
             show(out, task, metrics, run, as_json)

@@ -16,15 +16,21 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from recon_cli.console import log, plain_json
+from recon_cli.console import log, plain_json, print_json
 
-__all__ = ["RunLog", "nameless", "sha256_of", "sync", "versions", "write_json", "write_whole"]
+if TYPE_CHECKING:
+    from inverse.priors import NetworkPrior
+
+__all__ = ["ASIDE", "RunLog", "nameless", "sha256_of", "sync", "versions", "whole_file",
+           "write_json", "write_whole"]  # fmt: skip
 
 SCHEMA_VERSION = 1
 ARGV: list[str] = []
 """The arguments of the running command, as the shell gave them."""
+ASIDE = ("out", "overwrite", "resume", "limits", "prior", "device", "max-memory")
+"""Options that the result does not depend on, or that are compared by what they name."""
 OPTIONS: dict[str, Any] = {}
 """Its options with their values, from the command line, ``--config`` or defaults."""
 
@@ -56,15 +62,22 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is complete or absent, also after a loss of power."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that is complete or absent, also after a loss of power."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as stream:
-        stream.write(content)
+        yield stream
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
     sync(path.parent)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file by :func:`whole_file`."""
+    with whole_file(path) as stream:
+        stream.write(content)
 
 
 def sha256_of(path: Path) -> dict[str, Any]:
@@ -130,6 +143,36 @@ class RunLog:
 
         if self.include_phi:
             self.patient = patient_of(template)
+
+    def is_complete(
+        self, out: Path, source: Path, prior: NetworkPrior | None, *, as_json: bool
+    ) -> bool:
+        """Whether a folder holds the finished output of this very run already, and say so.
+
+        Args:
+            out: the folder.
+            source: the input, whose content counts.
+            prior: the prior asked for.
+            as_json: print the result.
+        """
+        try:
+            there = json.loads((out / "run.json").read_text())
+            metrics = json.loads((out / "metrics.json").read_text())
+            mine = dict(plain_json(self.options))
+            same = there["command"] == self.command and there["versions"] == versions()
+            for name in mine.keys() | there["options"].keys():
+                aside = name in ASIDE and (name != "prior" or prior is not None)
+                same &= aside or mine.get(name) == there["options"].get(name)
+            same &= prior is None or there["prior"]["sha256"] == prior.card.sha256
+            same = same and list(there["inputs"].values()) == [sha256_of(source)]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+        if not same:
+            return False
+        log(f"'{out}' is already complete: nothing to do")
+        if as_json:
+            print_json({"out": str(out), **metrics, "warnings": there["warnings"]})
+        return True
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

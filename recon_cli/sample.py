@@ -14,8 +14,8 @@ from recon_cli.console import log, print_json, print_table, progress
 from recon_cli.errors import usage
 from recon_cli.options import command, read_options
 from recon_cli.output import output_folder
-from recon_cli.pipeline import pick_device
 from recon_cli.runlog import RunLog, sha256_of, write_json
+from recon_cli.task import pick_device
 
 if TYPE_CHECKING:
     import numpy as np
@@ -311,7 +311,7 @@ def register(app: typer.Typer) -> None:
             return
         print_table(
             f"{count} samples of '{card.name}', {sides[0]} x {sides[1]}",
-            ["sampler", "net calls", "seconds", f"mean {unit}", f"std {unit}"],
+            ["sampler", "network calls", "seconds", f"mean {unit}", f"std {unit}"],
             [[sampler, str(calls), f"{seconds:.1f}", f"{result['mean']:.4g}",
               f"{result['std']:.4g}"]],
         )  # fmt: skip

@@ -3,56 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import typer
 
 from recon_cli import options as o
 from recon_cli.console import log
-from recon_cli.options import parse_slices
-from recon_cli.pipeline import Task
+from recon_cli.inspect import telling_kind
+from recon_cli.options import bytes_of, command, parse_slices
 from recon_cli.runlog import RunLog, sha256_of
+from recon_cli.task import Task
 
 if TYPE_CHECKING:
     from inverse.io.series import Series
-    from inverse.operators.ct import FanBeam, ParallelBeam
+    from inverse.operators.ct import ConeBeam, FanBeam, ParallelBeam
     from phantoms.simulate import Simulation
 
 __all__ = [
     "CtScan",
     "InpaintScan",
-    "Limits",
     "MriScan",
     "Scan",
     "Selection",
     "SliceScan",
-    "bytes_of",
     "heights",
     "read",
+    "register_scans",
+    "rehearse",
     "simulate",
 ]
 
-Limits = Annotated[
-    float,
-    typer.Option(
-        "--limits",
-        metavar="GIB",
-        min=0.001,
-        help="Refuse input that claims more memory than this, before it is decoded.",
-    ),
-]
-
-
 # what the images must be; inpainting and slices take both
 _MODALITY: dict[str, Literal["CT", "MR"]] = {"ct": "CT", "mri": "MR"}
-
-
-def bytes_of(gib: float) -> int:
-    """A limit in bytes."""
-    return int(gib * 2**30)
+TRIED_VIEWS = 16
+"""Views of a scan that a dry run tries, since more tell no more."""
 
 
 @dataclass(frozen=True)
@@ -134,14 +122,39 @@ class CtScan:
             )
         return beam if self.detector is None else replace(beam, bins=self.detector)
 
+    def cone(self, matrix: int, pixel_mm: float, slices: int, dz: float) -> ConeBeam:
+        """The cone beam that covers a volume in width, unless the detector is cut."""
+        from inverse.operators.ct import ConeBeam
+
+        arc = 2 * math.pi if self.arc is None else math.radians(self.arc)
+        beam = ConeBeam.sparse(self.views, (slices, matrix, matrix), (dz, pixel_mm, pixel_mm), arc)
+        return beam if self.detector is None else replace(beam, columns=self.detector)
+
+    def _grid(self, images: Series) -> tuple[int, float]:
+        """Matrix and pixel size of the reconstruction."""
+        matrix = _matrix(self.matrix, images)
+        return matrix, images.spacing[1] * images.array.shape[-1] / matrix
+
+    def on(self, images: Series, chosen: Sequence[int]) -> ParallelBeam | FanBeam | ConeBeam:
+        """The geometry for chosen slices."""
+        matrix, pixel = self._grid(images)
+        if self.geometry == "cone":
+            return self.cone(matrix, pixel, len(chosen), _slice_distance(images, chosen))
+        return self.beam(matrix, pixel)
+
+    def data_shape(self, images: Series, chosen: Sequence[int]) -> tuple[int, ...]:
+        """Shape of what the scan measures, with nothing computed."""
+        one: Any = replace(self, views=1).on(images, chosen)
+        if self.geometry == "cone":
+            return 1, self.views, one.rows, one.columns
+        return len(chosen), self.views, one.bins
+
     def run(self, images: Series, chosen: Sequence[int], seed: int) -> Simulation:
         """Simulate the chosen slices."""
         from phantoms.beam import implants
         from phantoms.simulate import simulate_ct
 
-        side = images.array.shape[-1]
-        matrix = _matrix(self.matrix, images)
-        pixel = images.spacing[1] * side / matrix
+        matrix, pixel = self._grid(images)
         slices = images.array[chosen]
         if self.geometry == "cone":
             return self._cone(images, chosen, matrix, pixel, seed)
@@ -171,7 +184,6 @@ class CtScan:
             UnsupportedError: metal, or a short scan.
         """
         from inverse.errors import UnsupportedError
-        from inverse.operators.ct import ConeBeam
         from phantoms.volumes import simulate_cone
 
         if self.metal or self.short_scan:
@@ -180,16 +192,10 @@ class CtScan:
                 "--metal and --short-scan, or use --geometry fan"
             )
         dz = _slice_distance(images, chosen)
-        arc = 2 * math.pi if self.arc is None else math.radians(self.arc)
-        beam = ConeBeam.sparse(
-            self.views, (len(chosen), matrix, matrix), (dz, pixel_mm, pixel_mm), arc
-        )
-        if self.detector is not None:
-            beam = replace(beam, columns=self.detector)
         return simulate_cone(
             images.array[chosen],
             (dz, *images.spacing[1:]),
-            beam,
+            self.cone(matrix, pixel_mm, len(chosen), dz),
             matrix=matrix,
             photons=self.photons,
             electronic_noise=self.electronic_noise,
@@ -267,12 +273,12 @@ class MriScan:
 
 @dataclass(frozen=True)
 class InpaintScan:
-    """Missing pixels: a central square, or pixels at random."""
+    """Missing pixels of a CT or MR series: a central square, or pixels at random."""
 
-    hole: float
-    kind: Literal["square", "pixels"]
-    noise: float
-    matrix: int | None
+    hole: o.Hole = 0.25
+    kind: o.HoleKind = "square"
+    noise: o.NoiseLevel = 0.01
+    matrix: o.Matrix = None
 
     command: ClassVar = "inpaint"
     volume: ClassVar = False
@@ -303,17 +309,17 @@ class InpaintScan:
 
 @dataclass(frozen=True)
 class SliceScan:
-    """A volume with slices missing, or thick ones.
+    """Missing or thick slices of a CT or MR series.
 
     ``missing`` is START:STOP:STEP among the chosen slices; ``thickness`` and ``step`` count
     slices of the images, ``step`` from one thick slice to the next.
     """
 
-    missing: str | None
-    thickness: int | None
-    step: int | None
-    noise: float
-    matrix: int | None
+    missing: o.Missing = None
+    thickness: o.Thickness = None
+    step: o.SliceStep = None
+    noise: o.NoiseLevel = 0.01
+    matrix: o.Matrix = None
 
     command: ClassVar = "slices"
     volume: ClassVar = True
@@ -404,45 +410,85 @@ def _matrix(matrix: int | None, images: Series) -> int:
     return min(256, rows) if matrix is None else matrix
 
 
-def read(selection: Selection, command: str, run: RunLog) -> tuple[Series, list[int]]:
-    """Read the series and pick its slices.
+def read(
+    selection: Selection, scan: Scan, run: RunLog, folder: Path | None = None
+) -> tuple[Series, list[int]]:
+    """Read the series and pick its slices; the images go to ``folder`` rather than to memory.
 
     Raises:
-        InputError: images of another modality than the scan's, or no slice left.
+        InputError: images of another modality than the scan's, no images, or no slice left.
+        ResourceError: a scan that would measure more than the limit.
     """
+    import numpy as np
+
     from inverse.errors import InputError
     from inverse.io.series import read_series
+    from inverse.volumes import DiskVolume
 
     log(f"reading {selection.path}")
-    told = _MODALITY.get(command)
-    with run.phase("read"):
+    told, cap = _MODALITY.get(scan.command), bytes_of(selection.limits)
+    with run.phase("read"), telling_kind(selection.path, "study", cap):
         images = read_series(
             selection.path,
             selection.series,
             selection.stack,
             modality=told,
-            max_bytes=bytes_of(selection.limits),
+            max_bytes=cap,
+            allocate=np.empty if folder is None else partial(DiskVolume, folder),
         )
         run.inputs["images"] = sha256_of(selection.path)
     wanted = told or images.modality
     if images.modality != wanted:
         right = "mri" if images.modality == "MR" else "ct"
         raise InputError(
-            f"'{selection.path}' holds {images.modality} images, '{command}' needs {wanted}; "
+            f"'{selection.path}' holds {images.modality} images, '{scan.command}' needs {wanted}; "
             f"use 'recon study {right}' or 'recon simulate {right}'"
         )
     run.notes(images.warnings)
     if images.synthetic:
         run.warn("SYNTHETIC_SOURCE", "the source images are marked as synthetic")
     chosen = parse_slices(selection.slices, len(images.array))
+    _check_size(scan, images, chosen, cap)
     return images, chosen
+
+
+def _check_size(scan: Scan, images: Series, chosen: Sequence[int], cap: int) -> None:
+    """Refuse a scan that would measure more than the limit, before it is simulated.
+
+    Raises:
+        ResourceError: with how much that is.
+    """
+    from inverse.errors import ResourceError
+
+    if not isinstance(scan, CtScan):
+        return
+    shape = scan.data_shape(images, chosen)
+    size = 4 * math.prod(shape)
+    if size > cap:
+        raise ResourceError(
+            f"{scan.label} of {len(chosen)} slices measures {' x '.join(map(str, shape))} values, "
+            f"{size / 2**30:.3g} GiB, which is over the limit of {cap / 2**30:g} GiB; give fewer "
+            "--views or --slices, or raise --limits"
+        )
+
+
+def rehearse(scan: Scan, images: Series, chosen: list[int], seed: int, run: RunLog) -> Task:
+    """What a dry run tries: a scan of one slice, or of the volume, with a few of its views."""
+    tried = scan
+    if isinstance(scan, CtScan) and scan.views > TRIED_VIEWS:
+        tried = replace(scan, views=TRIED_VIEWS)
+    task = simulate(tried, images, chosen if scan.volume else chosen[:1], seed, run)
+    run.settings["simulation"] |= asdict(scan)
+    if isinstance(scan, CtScan):
+        run.settings["simulation"]["geometry"] = repr(scan.on(images, chosen))
+    return replace(task, label=scan.label)
 
 
 def simulate(scan: Scan, images: Series, chosen: list[int], seed: int, run: RunLog) -> Task:
     """Simulate the scan of chosen slices."""
     from inverse.trust import plane
 
-    log(f"simulating {scan.label}, {len(chosen)} slices")
+    log(f"simulating {scan.label}, slices: {len(chosen)}")
     with run.phase("simulate"):
         result = scan.run(images, chosen, seed)
     provenance = dict(result.measurement.provenance)
@@ -463,3 +509,34 @@ def simulate(scan: Scan, images: Series, chosen: list[int], seed: int, run: RunL
 
 
 Scan = CtScan | MriScan | InpaintScan | SliceScan
+SCANS: tuple[type[Scan], ...] = (CtScan, MriScan, InpaintScan, SliceScan)
+
+
+def register_scans(
+    group: typer.Typer,
+    act: Callable[[Any, Path, Path, Any], None],
+    how: type,
+    out: Any,
+    examples: Mapping[str, str],
+    *,
+    phi: bool = False,
+) -> None:
+    """Add a command for each kind of scan to a group.
+
+    Args:
+        group: of commands.
+        act: what a command does with scan, input, output and the values of ``how``.
+        how: data class of the options that the group's commands share.
+        out: type of the output's option.
+        examples: command lines for the help, by command.
+        phi: whether the commands have ``--include-phi``.
+    """
+    for kind in SCANS:
+
+        def one(path: Path, out: Path, scan: Any, how: Any) -> None:
+            act(scan, path, out, how)
+
+        one.__annotations__ = {"path": o.Input, "out": out, "scan": kind, "how": how,
+                               "return": None}  # fmt: skip
+        one.__doc__ = str(kind.__doc__).partition("\n")[0]
+        command(group, kind.command, examples=examples[kind.command], phi=phi)(one)

@@ -10,19 +10,17 @@ import typer
 from recon_cli import options as o
 from recon_cli.console import log, print_json
 from recon_cli.dryrun import plan_file, tell
-from recon_cli.options import command
+from recon_cli.options import check_ending
 from recon_cli.output import check_file
 from recon_cli.runlog import SCHEMA_VERSION, RunLog, sha256_of
 from recon_cli.scans import (
     CtScan,
-    InpaintScan,
-    Limits,
-    MriScan,
     Scan,
     Selection,
-    SliceScan,
     heights,
     read,
+    register_scans,
+    rehearse,
     simulate,
 )
 
@@ -35,27 +33,31 @@ class How:
     slices: o.Slices = None
     series: o.SeriesName = None
     stack: o.StackName = None
-    limits: Limits = 4.0
+    limits: o.Limits = 4.0
     overwrite: o.Overwrite = False
     dry_run: o.DryRun = False
     as_json: o.Json = False
 
 
 def _simulate(scan: Scan, path: Path, out: Path, how: How) -> None:
+    check_ending(out, ".h5", ".hdf5")
     check_file(out, how.overwrite)
     run = RunLog(f"simulate {scan.command}", {path: "IN", out: "OUT"})
     selection = Selection(path, how.series, how.stack, how.slices, how.limits)
-    images, chosen = read(selection, scan.command, run)
+    images, chosen = read(selection, scan, run)
     run.identify(images.templates[0])
     if how.dry_run:
-        # one slice tells what the scan makes of all of them, but where it measures volumes
-        task = simulate(scan, images, chosen if scan.volume else chosen[:1], how.seed, run)
-        tell(plan_file(out, task, chosen, run, images=images), how.as_json)
+        task = rehearse(scan, images, chosen, how.seed, run)
+        shape = scan.data_shape(images, chosen) if isinstance(scan, CtScan) else None
+        tell(plan_file(out, task, chosen, run, images=images, shape=shape), how.as_json)
         return
     task = simulate(scan, images, chosen, how.seed, run)
 
+    from torch import Tensor
+
     from inverse.io.measurement_file import write_measurement
 
+    assert isinstance(task.truth, Tensor)
     measurement = replace(
         task.measurement,
         provenance={
@@ -101,73 +103,22 @@ def register(app: typer.Typer) -> None:
     )
     app.add_typer(group, name="simulate")
 
-    @command(
-        group,
-        "ct",
-        phi=True,
-        examples="""
+    examples = {
+        "ct": """
         recon simulate ct CT_FOLDER -o scan.h5 --views 23
         recon simulate ct CT_FOLDER -o low-dose.h5 --views 180 --photons 5e3
         recon simulate ct CT_FOLDER -o metal.h5 --views 180 --metal 2 --kvp 120
         recon simulate ct CT_FOLDER -o cone.h5 --geometry cone --views 60 --matrix 64
         """,
-    )
-    def ct(path: o.Input, out: o.OutFile, scan: CtScan, how: How) -> None:
-        """Sparse-view, limited-angle, truncated or low-dose CT, with metal or without."""
-        _simulate(scan, path, out, how)
-
-    @command(
-        group,
-        "mri",
-        phi=True,
-        examples="""
+        "mri": """
         recon simulate mri MR_FOLDER -o scan.h5 --acceleration 4
         recon simulate mri MR_FOLDER -o scan.h5 --coils 8 --acceleration 8 --mask poisson
         recon simulate mri MR_FOLDER -o volume.h5 --volume --acceleration 6 --mask poisson
         """,
-    )
-    def mri(path: o.Input, out: o.OutFile, scan: MriScan, how: How) -> None:
-        """Undersampled MRI by one coil or several, slice by slice or of a volume."""
-        _simulate(scan, path, out, how)
-
-    @command(
-        group,
-        "inpaint",
-        phi=True,
-        examples="recon simulate inpaint CT_FOLDER -o holes.h5 --hole 0.2",
-    )
-    def inpaint(
-        path: o.Input,
-        out: o.OutFile,
-        *,
-        hole: o.Hole = 0.25,
-        hole_kind: o.HoleKind = "square",
-        noise: o.NoiseLevel = 0.01,
-        matrix: o.Matrix = None,
-        how: How,
-    ) -> None:
-        """Missing pixels."""
-        _simulate(InpaintScan(hole, hole_kind, noise, matrix), path, out, how)
-
-    @command(
-        group,
-        "slices",
-        phi=True,
-        examples="""
+        "inpaint": "recon simulate inpaint CT_FOLDER -o holes.h5 --hole 0.2",
+        "slices": """
         recon simulate slices CT_FOLDER -o gaps.h5 --missing 1::2
         recon simulate slices MR_FOLDER -o thick.h5 --thickness 4
         """,
-    )
-    def slices_(
-        path: o.Input,
-        out: o.OutFile,
-        *,
-        missing: o.Missing = None,
-        thickness: o.Thickness = None,
-        slice_step: o.SliceStep = None,
-        noise: o.NoiseLevel = 0.01,
-        matrix: o.Matrix = None,
-        how: How,
-    ) -> None:
-        """Missing or thick slices of a volume."""
-        _simulate(SliceScan(missing, thickness, slice_step, noise, matrix), path, out, how)
+    }
+    register_scans(group, _simulate, How, o.OutFile, examples, phi=True)

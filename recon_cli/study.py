@@ -10,29 +10,25 @@ import typer
 from recon_cli import jobs
 from recon_cli import options as o
 from recon_cli.dryrun import plan_output, tell
-from recon_cli.options import command
-from recon_cli.pipeline import (
+from recon_cli.pipeline import execute, show
+from recon_cli.processes import shared_folder
+from recon_cli.runlog import RunLog
+from recon_cli.scans import (
+    Scan,
+    Selection,
+    read,
+    register_scans,
+    rehearse,
+    simulate,
+)
+from recon_cli.task import (
     Recipe,
     check_baselines,
     check_method,
     choose_planes,
     choose_prior,
-    execute,
+    named_prior,
     pick_device,
-    show,
-)
-from recon_cli.processes import shared_folder
-from recon_cli.runlog import RunLog
-from recon_cli.scans import (
-    CtScan,
-    InpaintScan,
-    Limits,
-    MriScan,
-    Scan,
-    Selection,
-    SliceScan,
-    read,
-    simulate,
 )
 
 
@@ -57,7 +53,7 @@ class How:
     slices: o.Slices = None
     series: o.SeriesName = None
     stack: o.StackName = None
-    limits: Limits = 4.0
+    limits: o.Limits = 4.0
     pdf: o.Pdf = False
     parametric_map: o.ParametricMap = False
     resume: o.Resume = False
@@ -72,13 +68,16 @@ def _study(scan: Scan, path: Path, out: Path, how: How) -> None:
     also = o.companions(pdf=how.pdf, parametric_map=how.parametric_map)
     run = RunLog(f"study {scan.command}", {path: "IN", out: "OUT"})
     selection = Selection(path, how.series, how.stack, how.slices, how.limits)
+    asked = named_prior(how.prior)
+    if how.resume and not how.overwrite and run.is_complete(out, path, asked, as_json=how.as_json):
+        return
     with shared_folder(
         out, overwrite=how.overwrite, inputs=[path], resume=how.resume, dry=how.dry_run
     ) as work:
         device = pick_device(how.device)
-        images, chosen = read(selection, scan.command, run)
+        images, chosen = read(selection, scan, run, None if how.dry_run else work.folder)
         recipe = Recipe(
-            prior=choose_prior(how.prior, images.modality),
+            prior=choose_prior(asked, images.modality),
             method=how.method,
             steps=how.steps,
             samples=how.samples,
@@ -95,11 +94,10 @@ def _study(scan: Scan, path: Path, out: Path, how: How) -> None:
             also=also,
         )
         if how.dry_run:
-            # one slice tells what the scan makes of all of them, but where it measures volumes
-            task = simulate(scan, images, chosen if scan.volume else chosen[:1], how.seed, run)
+            task = rehearse(scan, images, chosen, how.seed, run)
             tell(plan_output(out, task, recipe, chosen, run, images=images), how.as_json)
             return
-        task = simulate(scan, images, chosen, how.seed, run)
+        task = simulate(scan, images, chosen, how.seed, run).with_truth_in(work.folder)
         del images  # the whole series; the task holds what is needed
         metrics = execute(task, recipe, work.folder, run, work.saved, work.processes)
     if work.processes.first:
@@ -117,11 +115,8 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="study")
     jobs.register(group)
 
-    @command(
-        group,
-        "ct",
-        phi=True,
-        examples="""
+    examples = {
+        "ct": """
         recon study ct CT_FOLDER -o out --views 23 --dry-run
         recon study ct CT_FOLDER -o out --views 23
         recon study ct CT_FOLDER -o out --views 60 --arc 120 --slices 10:50:4
@@ -129,59 +124,11 @@ def register(app: typer.Typer) -> None:
         recon study ct CT_FOLDER -o out --views 180 --metal 2 --kvp 120
         recon study ct CT_FOLDER -o out --method dds --option weight=4 --option eta=0.85
         """,
-    )
-    def ct(path: o.Input, out: o.Out, scan: CtScan, how: How) -> None:
-        """Sparse-view, limited-angle, truncated or low-dose CT, with metal or without."""
-        _study(scan, path, out, how)
-
-    @command(
-        group,
-        "mri",
-        phi=True,
-        examples="recon study mri MR_FOLDER -o out --acceleration 4 --prior mr.safetensors",
-    )
-    def mri(path: o.Input, out: o.Out, scan: MriScan, how: How) -> None:
-        """Undersampled MRI by one coil or several from an MR series."""
-        _study(scan, path, out, how)
-
-    @command(
-        group,
-        "inpaint",
-        phi=True,
-        examples="recon study inpaint CT_FOLDER -o out --hole 0.2",
-    )
-    def inpaint(
-        path: o.Input,
-        out: o.Out,
-        *,
-        hole: o.Hole = 0.25,
-        hole_kind: o.HoleKind = "square",
-        noise: o.NoiseLevel = 0.01,
-        matrix: o.Matrix = None,
-        how: How,
-    ) -> None:
-        """Missing pixels of a CT or MR series."""
-        _study(InpaintScan(hole, hole_kind, noise, matrix), path, out, how)
-
-    @command(
-        group,
-        "slices",
-        phi=True,
-        examples="""
+        "mri": "recon study mri MR_FOLDER -o out --acceleration 4 --prior mr.safetensors",
+        "inpaint": "recon study inpaint CT_FOLDER -o out --hole 0.2",
+        "slices": """
         recon study slices CT_FOLDER -o out --missing 1::2
         recon study slices MR_FOLDER -o out --thickness 4
         """,
-    )
-    def slices_(
-        path: o.Input,
-        out: o.Out,
-        *,
-        missing: o.Missing = None,
-        thickness: o.Thickness = None,
-        slice_step: o.SliceStep = None,
-        noise: o.NoiseLevel = 0.01,
-        matrix: o.Matrix = None,
-        how: How,
-    ) -> None:
-        """Missing or thick slices of a CT or MR series."""
-        _study(SliceScan(missing, thickness, slice_step, noise, matrix), path, out, how)
+    }
+    register_scans(group, _study, How, o.Out, examples, phi=True)

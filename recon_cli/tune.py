@@ -15,27 +15,12 @@ import typer
 from recon_cli import options as o
 from recon_cli.console import log, plain_json, print_json, print_table
 from recon_cli.errors import one_line, usage
-from recon_cli.options import command, parse_value
+from recon_cli.options import check_ending, parse_value
 from recon_cli.output import check_file
-from recon_cli.pipeline import (
-    Recipe,
-    Task,
-    check_method,
-    choose_prior,
-    evaluate,
-    pick_device,
-)
+from recon_cli.pipeline import evaluate
 from recon_cli.runlog import RunLog, write_json
-from recon_cli.scans import (
-    CtScan,
-    InpaintScan,
-    Limits,
-    MriScan,
-    Scan,
-    Selection,
-    read,
-    simulate,
-)
+from recon_cli.scans import Scan, Selection, read, register_scans, simulate
+from recon_cli.task import Recipe, Task, check_method, choose_prior, named_prior, pick_device
 
 Metric = Literal["psnr", "ssim"]
 Trial = dict[str, Any]
@@ -303,7 +288,9 @@ def _attempt(task: Task, recipe: Recipe, metric: Metric) -> Trial:
         "residual_chi2": row["residual_chi2"],
         "network_calls": row["network_calls"],
         "seconds": round(time.monotonic() - start, 3),
-        "per_slice": [entry["prior"][metric] for entry in judged["per_slice"]],
+        "per_slice": [
+            entry["prior"][metric] for entry in judged["per_slice"] if metric in entry["prior"]
+        ],
         "settings": settings,
     }
 
@@ -414,7 +401,7 @@ def _table(task: Task, axes: Sequence[Axis], tune: Mapping[str, Any]) -> None:
     rows = []
     for trial in sorted(done, key=lambda t: -t[metric]["mean"])[:SHOWN]:
         behind = np.array(best["per_slice"]) - np.array(trial["per_slice"])
-        gap = {"mean": behind.mean(), "ci95": ci95(behind) if len(behind) > 1 else None}
+        gap = {"mean": behind.mean(), "ci95": ci95(behind)}
         rows.append(
             [
                 *(_word(trial["options"][axis.name]) for axis in axes),
@@ -431,11 +418,11 @@ def _table(task: Task, axes: Sequence[Axis], tune: Mapping[str, Any]) -> None:
         f"{task.label}: the best by mean {metric.upper()}, trials: {len(tune['trials'])}",
         [
             *(axis.name for axis in axes),
-            "PSNR dB [95% CI]",
-            "SSIM [95% CI]",
-            f"{unit} behind the best [95% CI]",
-            "residual chi2",
-            "net calls",
+            "PSNR dB [95 %]",
+            "SSIM [95 %]",
+            f"{unit} behind the best [95 %]",
+            "residual χ²",
+            "network calls",
             "seconds",
         ],
         rows,
@@ -463,12 +450,13 @@ class How:
     slices: o.Slices = None
     series: o.SeriesName = None
     stack: o.StackName = None
-    limits: Limits = 4.0
+    limits: o.Limits = 4.0
     overwrite: _Overwrite = False
     as_json: o.Json = False
 
 
 def _tune(scan: Scan, path: Path, out: Path, how: How) -> None:
+    check_ending(out, ".json")
     check_method(how.method)
     axes = _space(how.method, how.option or [])
     earlier = _unfinished(out, how.overwrite)
@@ -477,11 +465,11 @@ def _tune(scan: Scan, path: Path, out: Path, how: How) -> None:
     from inverse.posterior.methods import METHODS
 
     run = RunLog(f"tune {scan.command}", {path: "IN", out: "OUT"})
-    device = pick_device(how.device)
+    device, asked = pick_device(how.device), named_prior(how.prior)
     selection = Selection(path, how.series, how.stack, how.slices, how.limits)
-    images, chosen = read(selection, scan.command, run)
+    images, chosen = read(selection, scan, run)
     recipe = Recipe(
-        prior=choose_prior(how.prior, images.modality),
+        prior=choose_prior(asked, images.modality),
         method=how.method,
         steps=how.steps,
         samples=how.samples,
@@ -574,80 +562,14 @@ def register(app: typer.Typer) -> None:
     )
     app.add_typer(group, name="tune")
 
-    @command(
-        group,
-        "ct",
-        examples="""
+    examples = {
+        "ct": """
         recon tune ct CT_FOLDER -o t.json --method song --option lam=0.3:1 --option snr=0.1:0.5
         recon tune ct CT_FOLDER -o t.json --option weight=1:30 --steps 20 --slices 10:50:8
         recon tune ct CT_FOLDER -o t.json --method dds --option eta=0.5,1 --option weight=4
         """,
-    )
-    def ct(
-        path: o.Input,
-        out: o.OutFile,
-        *,
-        views: o.Views = 23,
-        geometry: o.GeometryName = "parallel",
-        arc: o.Arc = None,
-        short_scan: o.ShortScan = False,
-        detector: o.Detector = None,
-        photons: o.Photons = 1e5,
-        electronic_noise: o.ElectronicNoise = 0.0,
-        kvp: o.Kvp = None,
-        metal: o.Metal = 0,
-        matrix: o.Matrix = None,
-        how: How,
-    ) -> None:
-        """Options for sparse-view, limited-angle, truncated or low-dose CT."""
-        scan = CtScan(
-            views,
-            geometry,
-            arc,
-            short_scan,
-            detector,
-            photons,
-            electronic_noise,
-            kvp,
-            metal,
-            matrix=matrix,
-        )
-        _tune(scan, path, out, how)
-
-    @command(
-        group,
-        "mri",
-        examples="recon tune mri MR_FOLDER -o t.json --method score_mri --option snr=0.05:0.6",
-    )
-    def mri(
-        path: o.Input,
-        out: o.OutFile,
-        *,
-        acceleration: o.Acceleration = 4.0,
-        mask: o.MaskName = "gaussian1d",
-        centre: o.Centre = 0.08,
-        trajectory: o.TrajectoryName = "cartesian",
-        coils: o.Coils = 1,
-        noise: o.NoiseLevel = 0.01,
-        how: How,
-    ) -> None:
-        """Options for undersampled MRI by one coil or several."""
-        _tune(MriScan(acceleration, mask, centre, trajectory, coils, noise), path, out, how)
-
-    @command(
-        group,
-        "inpaint",
-        examples="recon tune inpaint CT_FOLDER -o t.json --method ddnm --option eta=0.3:1",
-    )
-    def inpaint(
-        path: o.Input,
-        out: o.OutFile,
-        *,
-        hole: o.Hole = 0.25,
-        hole_kind: o.HoleKind = "square",
-        noise: o.NoiseLevel = 0.01,
-        matrix: o.Matrix = None,
-        how: How,
-    ) -> None:
-        """Options for filling missing pixels of a CT or MR series."""
-        _tune(InpaintScan(hole, hole_kind, noise, matrix), path, out, how)
+        "mri": "recon tune mri MR_FOLDER -o t.json --method score_mri --option snr=0.05:0.6",
+        "inpaint": "recon tune inpaint CT_FOLDER -o t.json --method ddnm --option eta=0.3:1",
+        "slices": "recon tune slices CT_FOLDER -o t.json --thickness 3 --option weight=1:30",
+    }
+    register_scans(group, _tune, How, o.OutFile, examples)

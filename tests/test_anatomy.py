@@ -7,6 +7,8 @@ import pytest
 
 from inverse.errors import InputError
 from phantoms.anatomy import AIR_HU, Anatomy, abdomen, head, thorax
+from phantoms.anatomy.builder import sphere
+from phantoms.anatomy.cranial import _HEAD_TISSUES
 
 
 def hu(body: Anatomy, z: float, size: int = 256, pixel: float = 1.6) -> np.ndarray:
@@ -125,7 +127,7 @@ def test_abdomens_have_their_organs():
     ("make", "parts", "value", "centre"),
     [
         (thorax, 8011, 5088975.719870513, 1416420.8439521128),
-        (head, 605, -9172.436263875823, 43033.8305188086),
+        (head, 605, -9253.493038006081, 43210.14053280471),
     ],
     ids=["thorax", "head"],
 )
@@ -153,6 +155,19 @@ def test_head_has_skull_around_brain():
     assert (np.abs(centre[centre < 150]) < 110).all()
     assert np.sum(image > 900) > 300
     np.testing.assert_allclose(image[0], AIR_HU, atol=1e-2)
+
+
+def test_lesions_of_a_head_replace_white_matter():
+    white = _HEAD_TISSUES["t1"]["white"]
+    for seed in range(2):
+        body, healthy = (head(seed, contrast="t1", lesions=k) for k in (True, False))
+        for lesion in body.lesions:
+            points = np.array(lesion.centre) + 0.95 * lesion.radius * sphere(200)
+            # mottle and the head's own white matter vary by some per cent of the signal
+            np.testing.assert_allclose(healthy.at(points), white, atol=0.25 * white)
+            assert body.at(points).min() > 0
+        image = body.slice(body.lesions[0].centre[2]).image((96, 96), 2.4)
+        assert image.min() > -1e-6
 
 
 def test_contrasts_share_one_geometry():

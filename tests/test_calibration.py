@@ -18,12 +18,16 @@ from phantoms.benchmarks.calibration import (
     DRAWS,
     SETTINGS,
     TOYS,
+    Row,
     Toy,
     _Draws,
+    binomial,
     calibration,
     dense,
     field,
+    held,
     interval,
+    markdown,
     measure,
     measure_field,
     mixture,
@@ -31,6 +35,7 @@ from phantoms.benchmarks.calibration import (
     one_dimensional,
     run,
     two_dimensional,
+    variation,
 )
 
 
@@ -80,6 +85,36 @@ def test_draws_of_the_prior_and_overconfident_draws_are_caught() -> None:
     assert shown["sbc_p"] < 1e-3
     assert shown["coverage"][80] < 0.7
     assert shown["coverage"][95] < 0.9
+
+
+def test_coverage_of_exact_draws_varies_as_stated() -> None:
+    """Of independent draws as a binomial; of a field's correlated pixels by a good deal more."""
+    assert binomial(0.5, 96) == pytest.approx(0.1, abs=1e-4)
+    fixture, samples = field("ct", 8, 4), 16
+    half = variation(fixture, samples, (50, 90), repeats=200)
+    again = variation(fixture, samples, (50, 90), repeats=200, seed=1)
+    for level, h in half.items():
+        assert h > 1.2 * binomial(level / 100, 4 * 64)
+        assert again[level] == pytest.approx(h, rel=0.25)
+    # another seed's truths and draws lie within twice that of the level
+    factor = torch.linalg.cholesky(fixture.exact[0].covariance)
+    z = torch.randn(17, 4, 64, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    truth, *draws = z @ factor.T
+    x = torch.stack(draws)
+    for level, share in held(truth, x.mean(dim=0), x.std(dim=0), samples, (50, 90)).items():
+        assert share == pytest.approx(level / 100, abs=2 * half[level])
+
+
+def test_the_table_says_how_many_draws_and_what_exact_ones_vary_by() -> None:
+    row = Row("2-D mixture", "mmps", 100, 20000, 0.026, 0.982, None, None, (0.421, 0.407), 320,
+              {50: 0.512}, {50: binomial(0.5, 320)}, 1.0, 1.22, 18.3)  # fmt: skip
+    header, rule, line = markdown([row]).splitlines()
+    cells = dict(
+        zip(*([c.strip() for c in x.split("|")[1:-1]] for x in (header, line)), strict=True)
+    )
+    assert len(rule.split("|")) == len(header.split("|"))
+    assert (cells["n"], cells["pairs"], cells["network calls"]) == ("20000", "320", "100")
+    assert "| 0.421 (0.407) | 0.007 | 320 | 50: 51.2 | 5.5 |" in line
 
 
 def test_the_interval_of_sixteen_samples_holds_the_truth_as_often_as_it_says() -> None:

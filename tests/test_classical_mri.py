@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from inverse.classical import cg_sense, l1_wavelet, root_sum_of_squares, tikhonov, zero_filled
+from inverse.classical import (
+    cg_sense,
+    cgls,
+    l1_wavelet,
+    phased,
+    root_sum_of_squares,
+    tikhonov,
+    zero_filled,
+)
 from inverse.classical.mri import inverse_wavelet, shrink, wavelet
 from inverse.errors import InputError, UnsupportedError
 from inverse.measurement import Measurement
@@ -169,3 +177,20 @@ def test_refusals() -> None:
     )
     with pytest.raises(UnsupportedError, match="two-dimensional"):
         l1_wavelet(m)
+
+
+def test_a_known_phase_gives_the_opposite_samples() -> None:
+    """Half of k-space and its centre determine an image without phase, and no complex one."""
+    rows = torch.arange(33) - 16
+    mask = (rows <= 4)[:, None].expand(33, 33)
+    u = rows / 33
+    truth = torch.exp(-40 * ((u[:, None] - 0.1) ** 2 + u**2)) * (
+        1 + 0.5 * torch.sin(70 * u)[:, None]
+    )
+    operator = CartesianMRI(mask)
+    data = operator(truth[None].to(torch.complex64))
+    measurement = Measurement(operator, data, torch.tensor(1e-3), "MR", (1.0, 1.0))
+    wrong = (cgls(measurement)[0] - truth).abs().max()
+    right = (phased(cgls)(measurement)[0] - truth).abs().max()
+    assert wrong > 0.05
+    assert right < 2e-3

@@ -300,4 +300,4 @@ def test_projections_are_no_images(tmp_path, capsys):
     assert f"next: recon convert {folder} -o MEAS.h5" in capsys.readouterr().out
     assert recon("study", "ct", folder, "-o", tmp_path / "out") == 5
     (line,) = capsys.readouterr().err.splitlines()[-1:]
-    assert "see 'recon convert'" in line
+    assert "use recon convert" in line

@@ -13,6 +13,7 @@ from cli_tools import recon, series, tiny_prior
 from test_cli_convert import FORMATS, OPTIONS, raw_file
 
 from inverse.io.measurement_file import read_measurement
+from recon_cli.scans import TRIED_VIEWS, CtScan
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +149,10 @@ def failures(root: Path, bad: Path) -> dict[str, tuple[int, list[object]]]:
         "truncated pixels": (4, [*study, bad / "cut", *out, *prior]),
         "no slice left": (4, [*study, root / "ct", *out, *prior, "--slices", "9:"]),
         "wrong modality": (4, [*study, root / "mr", *out, *prior]),
-        "centre too small": (4, ["simulate", "mri", root / "mr", *out, "--coils", 4, "--mask",
-                                 "uniform1d", "--centre", 0.05]),
+        "centre too small": (4, ["simulate", "mri", root / "mr", "-o", bad / "out.h5", "--coils",
+                                 4, "--mask", "uniform1d", "--centre", 0.05]),
+        "ending of no format": (2, ["simulate", "ct", root / "ct", "-o", bad / "scan.txt"]),
+        "too many views": (7, [*study, root / "ct", *out, *prior, "--views", 10**9]),
         "wrong prior": (10, [*study, root / "ct", *out, "--prior", root / "mr.safetensors"]),
         "damaged file": (4, ["reconstruct", bad / "scan.h5", *out, *prior]),
         "no option": (2, [*study, root / "ct", *out, "--option", "magic=1"]),
@@ -178,6 +181,41 @@ def test_a_dry_run_fails_where_the_run_does(
             lines.append(err)
         assert lines[0] == lines[1], name
         assert everything(tmp_path) == before, name
+
+
+def test_of_many_views_a_dry_run_tries_few(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+    run = CtScan.run
+
+    def spy(self: CtScan, *args: Any) -> Any:
+        tried.append(self.views)
+        return run(self, *args)
+
+    monkeypatch.setattr(CtScan, "run", spy)
+    out = tmp_path / "scan.h5"
+    plan = dry(capsys, "simulate", "ct", root / "ct", "-o", out, "--views", 90000, "--slices", 0)
+    assert tried == [TRIED_VIEWS]
+    assert plan["settings"]["data_shape"] == [1, 90000, 92]
+    assert plan["settings"]["geometry"].startswith("ParallelBeam(90000 views")
+    assert plan["writes"][0]["bytes"] > 4 * 90000 * 92
+    assert recon("simulate", "ct", root / "ct", "-o", out, "--views", 10**9, "--quiet") == 7
+    assert "4 x 1000000000 x 92 values" in capsys.readouterr().err
+    assert len(tried) == 1, "refused before anything is computed"
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("--geometry", "fan"), ("--geometry", "cone", "--matrix", 16), ("--detector", 40)]
+)
+def test_shapes_of_scans_are_known_before(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[object, ...]
+) -> None:
+    out = tmp_path / "scan.h5"
+    command = ["simulate", "ct", root / "ct", "-o", out, "--views", 17, "--slices", "0:2", *more]
+    plan = dry(capsys, *command)
+    assert recon(*command, "--quiet") == 0
+    assert plan["settings"]["data_shape"] == list(read_measurement(out).measurement.data.shape)
 
 
 def test_a_run_that_was_cut_short_is_not_passed_over(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import pytest
 from cli_tools import recon, series, tiny_prior
+
+from recon_cli.judge import _leave_out_doubles
+from recon_cli.runlog import RunLog
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +178,64 @@ def test_usage(refused: Refusal, tmp_path: Path, ct: Path, prior: Path, wrong: l
     assert "--help" in line
 
 
+@pytest.mark.parametrize(
+    "wrong", [["--slices", "10-12"], ["--slices", "0:4:0"], ["--prior", "no-such-prior"]]
+)
+def test_syntax_and_names_are_checked_before_anything_is_read(
+    refused: Refusal, tmp_path: Path, prior: Path, wrong: list[str]
+) -> None:
+    given = study(tmp_path / "nowhere", tmp_path / "out", prior)
+    code, line = refused(*given, *wrong)
+    assert code == (10 if "--prior" in wrong else 2)
+    assert wrong[-1] in line
+    code, line = refused(
+        "simulate", "slices", tmp_path / "nowhere", "-o", tmp_path / "m.h5", "--missing", "1-2"
+    )
+    assert (code, "'--missing'" in line) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["simulate", "ct"], "scan.txt"),
+        (["convert"], "scan"),
+        (["tune", "ct"], "tune.h5"),
+        (["phantom", "chest"], "c1.xyz"),
+    ],
+)
+def test_endings_of_no_format(
+    refused: Refusal, tmp_path: Path, ct: Path, command: list[str], name: str
+) -> None:
+    given = [] if command[0] == "phantom" else [ct]
+    code, line = refused(*command, *given, "-o", tmp_path / name)
+    assert code == 2
+    assert {"tune": ".json"}.get(command[0], ".h5") in line
+
+
+def test_input_of_another_kind_is_named_with_the_command_that_takes_it(
+    refused: Refusal, tmp_path: Path, ct: Path, prior: Path
+) -> None:
+    scan, packed, text = tmp_path / "scan.h5", tmp_path / "ct.zip", tmp_path / "a.txt"
+    assert recon("simulate", "ct", ct, "-o", scan, "--views", 4, "--quiet") == 0
+    shutil.make_archive(str(packed.with_suffix("")), "zip", ct)
+    text.write_text("words")
+    meas = tmp_path / "meas.h5"
+    for command, words in (
+        (["reconstruct", packed, "-o", tmp_path / "out", "--prior", prior], "recon study ct"),
+        (["reconstruct", ct, "-o", tmp_path / "out", "--prior", prior], "recon study ct"),
+        (["reconstruct", text, "-o", tmp_path / "out", "--prior", prior], "no measurement file"),
+        (study(scan, tmp_path / "out", prior), "recon reconstruct"),
+        (["simulate", "mri", scan, "-o", meas], "recon reconstruct"),
+        (["convert", scan, "-o", meas], "recon reconstruct"),
+        (["convert", packed, "-o", meas], "recon study ct"),
+        (["convert", ct / "0001.dcm", "-o", meas], "recon study ct"),
+    ):
+        code, line = refused(*command)
+        assert code in (3, 4), command
+        assert words in line, command
+        assert "damaged" not in line
+
+
 def test_no_slices_left(refused: Refusal, tmp_path: Path, ct: Path, prior: Path) -> None:
     code, line = refused(*study(ct, tmp_path / "out", prior, "--slices", "7:"))
     assert (code, "numbered 0 to 3" in line) == (4, True)
@@ -249,7 +311,7 @@ def test_what_happens_in_the_middle(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("recon_cli.pipeline._write_dicom", fail)
+    monkeypatch.setattr("recon_cli.pipeline.write_dicom", fail)
     got, line = refused(*study(ct, tmp_path / "new" / "out", prior))
     assert (got, words in line) == (code, True)
 
@@ -259,6 +321,46 @@ def test_debug_shows_the_traceback(
 ) -> None:
     assert recon(*study(ct, tmp_path / "out", prior, "--method", "magic", "--debug")) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_failed_companion_is_a_warning(
+    tmp_path: Path,
+    ct: Path,
+    prior: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise TypeError("no such thing")
+
+    monkeypatch.setattr("recon_cli.products.write_pdf", fail)
+    out = tmp_path / "out"
+    assert recon(*study(ct, out, prior, "--pdf", "--slices", 0)) == 0
+    assert "warning: --pdf failed (TypeError: no such thing)" in capsys.readouterr().err
+    run = json.loads((out / "run.json").read_text())
+    assert "NO_COMPANION" in [warning["code"] for warning in run["warnings"]]
+    assert {"recon", "report.html", "metrics.json"} <= {path.name for path in out.iterdir()}
+
+
+def test_what_the_verdict_says_is_no_warning_too(tmp_path: Path, ct: Path, prior: Path) -> None:
+    out = tmp_path / "out"
+    assert recon(*study(ct, out, prior, "--slices", 0, "--quiet", "--matrix", 16)) == 0
+    run = json.loads((out / "run.json").read_text())
+    assert any(
+        reason.startswith("pixels of 24 mm") for reason in run["settings"]["verdict"]["reasons"]
+    )
+    assert "lie outside" in run["settings"]["reconstruction"]["status"]
+    assert "PIXEL_SIZE" not in [warning["code"] for warning in run["warnings"]]
+
+
+def test_a_green_light_takes_no_warning_away() -> None:
+    run = RunLog("study", {})
+    for code in ("PIXEL_SIZE", "RESIDUAL", "NO_STD"):
+        run.warn(code, "words")
+    _leave_out_doubles({"light": "green", "reasons": ["residual chi-square 1.9"]}, run)
+    assert len(run.warnings) == 3
+    _leave_out_doubles({"light": "red", "reasons": ["residual chi-square 9 for 1"]}, run)
+    assert [warning["code"] for warning in run.warnings] == ["PIXEL_SIZE", "NO_STD"]
 
 
 def test_failed_overwrite_keeps_the_earlier_output(
@@ -271,6 +373,6 @@ def test_failed_overwrite_keeps_the_earlier_output(
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("recon_cli.pipeline._write_dicom", fail)
+    monkeypatch.setattr("recon_cli.pipeline.write_dicom", fail)
     assert refused(*study(ct, out, prior, "--overwrite"))[0] == 7
     assert (out / "run.json").read_text() == '{"earlier": true}'

@@ -22,6 +22,7 @@ from inverse.reconstruct import Batch, reconstruct
 from inverse.sde import VE
 from recon_cli import output
 from recon_cli.errors import Terminated
+from recon_cli.inspect import _made
 
 HIDDEN = ".out.recon-work"
 
@@ -130,6 +131,50 @@ def test_a_killed_run_continues_to_the_same_bits(
     assert not left.exists()
 
 
+def test_a_finished_run_is_already_complete(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(root / "whole" / "out", out)
+    before = content(out)
+    capsys.readouterr()
+    assert recon(*study(root, out, "--resume")) == 0
+    assert "already complete" in capsys.readouterr().err
+    assert recon(*study(root, out, "--resume", "--json", "--quiet")) == 0
+    assert json.loads(capsys.readouterr().out)["methods"]["prior"]
+    shutil.copy(root / "tiny.safetensors", tmp_path / "renamed.safetensors")
+    renamed = ("--prior", tmp_path / "renamed.safetensors", "--quiet")
+    assert recon(*study(root, out, "--resume", *renamed)) == 0
+    for other in (("--seed", 1), ("--views", 9), ("--slices", "0:2"), ("--pdf",)):
+        assert recon(*study(root, out, "--resume", "--quiet", *other)) == 6, other
+        assert "not empty" in capsys.readouterr().err
+    assert recon(*study(root, out, "--quiet")) == 6, "without --resume it is refused as ever"
+    series(tmp_path / "other", 4, seed=2)
+    given = study(root, out, "--resume", "--quiet")
+    given[2] = tmp_path / "other"
+    assert recon(*given) == 6, "other images"
+    assert content(out) == before
+
+
+def test_inspect_names_the_series_of_an_output(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recon("inspect", root / "whole" / "out", "--json") == 0
+    stacks = json.loads(capsys.readouterr().out)["stacks"]
+    assert [stack["made"] for stack in stacks] == ["FBP", "TV", "Prior (pnp_admm)", "Reference"]
+    assert recon("inspect", root / "whole" / "out") == 0
+    assert "Prior (pnp_admm)" in capsys.readouterr().out
+    assert recon("inspect", root / "ct", "--json") == 0
+    (stack,) = json.loads(capsys.readouterr().out)["stacks"]
+    assert "made" not in stack
+
+
+def test_nothing_but_the_own_words_is_shown() -> None:
+    assert _made("RESEARCH ONLY - Prior (mmps) SMITH^JOHN STD (HU)") == "Prior (mmps) STD"
+    assert _made("RESEARCH ONLY - SMITH^JOHN") == _made("SMITH TV") == _made("") == ""
+    assert _made("RESEARCH ONLY - TVSMITH") == ""
+
+
 def test_resume_without_anything_to_continue_is_a_run(root: Path, tmp_path: Path) -> None:
     assert recon(*study(root, tmp_path / "out", "--resume", "--no-tv", "--quiet")) == 0
     run = json.loads((tmp_path / "out" / "run.json").read_text())
@@ -223,7 +268,7 @@ def test_a_slice_has_its_own_noise_whatever_the_others_are() -> None:
     assert torch.equal(one.samples[0], whole.samples[1])
     other = reconstruct(seen.take(torch.tensor([1])), prior, positions=[8], **kwargs)
     assert not torch.equal(one.samples, other.samples)
-    with pytest.raises(ReconError, match="number the 3 slices, got 2"):
+    with pytest.raises(ReconError, match="number the 3 slices"):
         reconstruct(seen, prior, positions=[1, 2])
 
 

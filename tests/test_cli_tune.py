@@ -75,6 +75,31 @@ def test_best_has_the_largest_mean_and_study_repeats_it(
     assert {name: used[name] for name in best["options"]} == best["options"]
 
 
+def test_volumes_are_tuned_on_what_is_judged(root: Path, tmp_path: Path) -> None:
+    """Only the missing slices are judged."""
+    out = tmp_path / "t.json"
+    common = ["--prior", root / "ct.safetensors", "--matrix", 32, "--steps", 2, "--quiet"]
+    search = ["--missing", "1::2", "--option", "weight=1,4", "--trials", 2]
+    assert recon("tune", "slices", root / "ct", "-o", out, *common, *search) == 0
+    trials = load(out)["tune"]["trials"]
+    assert [len(trial["per_slice"]) for trial in trials] == [2, 2]
+
+
+def test_the_commands_that_scan_have_the_same_options(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind, options in (
+        ("ct", ["--views", "--metal-trace", "--kvp"]),
+        ("mri", ["--volume", "--trajectory"]),
+        ("inpaint", ["--hole", "--hole-kind"]),
+        ("slices", ["--missing", "--thickness", "--slice-step"]),
+    ):
+        for command in ("simulate", "study", "tune"):
+            assert recon(command, kind, "--help") == 0
+            told = capsys.readouterr().out
+            assert [name for name in options if name not in told] == [], (command, kind)
+
+
 def test_file_says_what_was_searched_and_on_what(found: Path, root: Path) -> None:
     document = load(found)
     assert document["command"] == "tune ct"
@@ -222,7 +247,7 @@ def test_a_failing_trial_is_recorded_and_the_search_goes_on(
     assert recon(*arguments) == 0
     trials = {t["options"]["lam"]: t for t in load(tmp_path / "t.json")["tune"]["trials"]}
     assert trials[1.5]["status"] == "failed"
-    assert "must lie in (0, 1]" in trials[1.5]["reason"]
+    assert "must be a number in (0, 1]" in trials[1.5]["reason"]
     assert load(tmp_path / "t.json")["tune"]["best"]["options"] == {"lam": 0.5}
     assert "1 of 2 trials failed" in capsys.readouterr().err
 
@@ -260,7 +285,7 @@ def refused(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> R
 @pytest.mark.parametrize(
     ("option", "says"),
     [
-        ("colour=1:2", "has no option colour; it has steps, eta"),
+        ("colour=1:2", "method 'dds' has no option colour; besides steps it has eta"),
         ("steps=5:10", "give --steps"),
         ("weight=6:1", "empty range; give LOW:HIGH"),
         ("weight=2:2", "empty range"),

@@ -32,7 +32,16 @@ assert len(PDF) % 2
 @pytest.fixture
 def source(tmp_path: Path):
     volume = np.random.default_rng(0).integers(-1000, 2000, (4, 24, 16)).astype(np.float32)
-    write_phantom_series(tmp_path / "in", volume, SPACING, seed=1)
+    # de-identified as public archives do it, with a sequence of what was done
+    done = {"CodeValue": "113100", "CodingSchemeDesignator": "DCM",
+            "CodeMeaning": "Basic Application Confidentiality Profile"}  # fmt: skip
+    write_phantom_series(
+        tmp_path / "in",
+        volume,
+        SPACING,
+        seed=1,
+        attributes={"PatientIdentityRemoved": "YES", "DeidentificationMethodCodeSequence": [done]},
+    )
     return read_series(tmp_path / "in")
 
 
@@ -70,6 +79,7 @@ def test_pdf_comes_back_and_belongs_to_the_patient(tmp_path, source):
     assert ds.MIMETypeOfEncapsulatedDocument == "application/pdf"
     for name in ("PatientName", "PatientID", "PatientBirthDate", "StudyInstanceUID", "StudyDate"):
         assert ds[name].value == image[name].value
+    assert ds.DeidentificationMethodCodeSequence[0].CodeValue == "113100"
     assert ds.SeriesInstanceUID == written.series_uid != image.SeriesInstanceUID
     assert ds.file_meta.MediaStorageSOPInstanceUID == ds.SOPInstanceUID
     assert (ds.Modality, ds.SyntheticData, ds.BurnedInAnnotation) == ("DOC", "YES", "NO")
@@ -138,6 +148,7 @@ def test_map_holds_the_values_at_their_places(tmp_path, source):
     assert item.MeasurementUnitsCodeSequence[0].CodeValue == "[hnsf'U]"
     assert ds.SeriesDescription == "RESEARCH ONLY - MMPS 23 views STD (HU)"
     assert (ds.SyntheticData, ds.ContentQualification) == ("YES", "RESEARCH")
+    assert ds.DeidentificationMethodCodeSequence[0].CodeValue == "113100"
     # no vendor is guessed from the maker of the file
     makers = [i.Manufacturer for i in ds.ContributingEquipmentSequence]
     assert not [m for m in [ds.Manufacturer, *makers] if m[:2].upper() == "HI"]

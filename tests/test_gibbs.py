@@ -251,5 +251,3 @@ def test_bad_settings_are_named() -> None:
         pnpdm(p, rho_start=0.1, rho_end=0.2)
     with pytest.raises(ReconError, match="noise level must lie in"):
         pnpdm(p, rho_start=1000.0)
-    with pytest.raises(ReconError, match="variance 'error' or 'level'"):
-        daps(p, variance="other")  # type: ignore[arg-type]

@@ -12,12 +12,64 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from cli_tools import recon, series, tiny_prior
 
 from inverse.errors import InputError, NoInputError
-from recon_cli import jobs
+from recon_cli import jobs, processes
 
 REPOSITORY = Path(__file__).parent.parent
+PROGRAM = """
+import json, os, signal, sys, time
+from pathlib import Path
+from recon_cli import jobs, processes
+from recon_cli.app import main
+
+def launch(arguments):
+    out = Path(arguments[4])
+    with (out.parent / "calls").open("a") as stream:
+        stream.write(f"{os.environ['RANK']} {out.name}\\n")
+    if out.name == sys.argv[1]:  # the jobs before it, of both processes, are done
+        while len(list(out.parent.glob("*/metrics.json"))) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if out.name == "bad":
+        return 4, "recon: error: it is broken; mend it"
+    if out.name == sys.argv[2]:  # at work when the other one dies
+        time.sleep(60)
+    method = {"psnr": {"mean": 31.5}, "ssim": {"mean": 0.9}, "residual_chi2": 1.1}
+    out.mkdir()
+    (out / "metrics.json").write_text(json.dumps({"methods": {"prior": method}}))
+    return 0, ""
+
+jobs.launch = launch
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+def torchrun(folder: Path, out: Path, dies: str = "", works: str = "", *more: str) -> str:
+    """``study batch`` of the list in a folder on two processes; what they told."""
+    (folder / "program.py").write_text(PROGRAM)
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            str(folder / "program.py"), dies, works, "study", "batch", str(folder / "jobs.csv"),
+            "-o", str(out), *more,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    return f"code {done.returncode}\n{done.stdout}\n{done.stderr}"
+
+
+def calls(out: Path) -> list[tuple[str, str]]:
+    """Which process began which job, in the order of the names."""
+    text = (out / "calls").read_text()
+    (out / "calls").unlink()
+    return sorted((name, rank) for rank, name in map(str.split, text.splitlines()))
 
 
 @pytest.fixture
@@ -94,9 +146,7 @@ def test_lists_that_are_refused(tmp_path: Path, text: str, word: str) -> None:
         jobs.read_jobs(listing(tmp_path / "jobs.csv", text), "ct", {})
 
 
-def test_other_refusals(
-    tmp_path: Path, launched: list[list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_refusals(tmp_path: Path, launched: list[list[str]]) -> None:
     with pytest.raises(InputError, match="line 1"):
         jobs.read_jobs(listing(tmp_path / "jobs.jsonl", "[1]"), "ct", {})
     with pytest.raises(NoInputError, match="lists no job"):
@@ -105,8 +155,6 @@ def test_other_refusals(
     path = listing(tmp_path / "jobs.csv", "path\na\n")
     for shard in ("4/4", "1", "-1/2", "0/0"):
         assert recon("study", "batch", path, "-o", tmp_path / "out", f"--shard={shard}") == 2
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert recon("study", "batch", path, "-o", tmp_path / "out") == 2
     assert launched == []
 
 
@@ -172,6 +220,70 @@ def test_kills_at_either_side_of_the_end_of_a_job(
     (out / "x").rmdir()
     assert recon("study", "batch", path, "-o", out, "--quiet") == 130
     assert json.loads((out / "status" / "x.json").read_text())["state"] == "interrupted"
+
+
+def test_jobs_are_no_part_of_the_launchers_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = {
+        "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1",
+        "GROUP_RANK": "0", "ROLE_NAME": "default", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    found = processes.unlaunched()
+    assert not set(launcher) & set(found)
+    assert found["OMP_NUM_THREADS"] == "1"
+    assert "CUDA_VISIBLE_DEVICES" not in found
+    # a GPU each, of those that the launcher left
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert processes.unlaunched()["CUDA_VISIBLE_DEVICES"] == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert processes.unlaunched()["CUDA_VISIBLE_DEVICES"] == "5"
+
+    class Child:
+        """Takes the place of `subprocess.Popen`."""
+
+        returncode = 0
+
+        def __init__(self, command: list[str], **options: object) -> None:
+            given.append(options["env"])
+
+        def communicate(self) -> tuple[None, str]:
+            return None, ""
+
+    given: list[object] = []
+    monkeypatch.setattr(subprocess, "Popen", Child)
+    assert jobs.launch(["study"]) == (0, "")
+    assert given == [processes.unlaunched()]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_jobs_by_position(tmp_path: Path) -> None:
+    """A job that fails, a process that dies at work, and the same command once more."""
+    names = ["a", "b", "bad", "d", "e"]
+    listing(tmp_path / "jobs.csv", "path,name\n" + "".join(f"p{n},{n}\n" for n in names))
+    out = tmp_path / "out"
+    # the second process dies in its second job, while the first is in its third
+    assert "Signal 9" in torchrun(tmp_path, out, "d", "e")
+    assert calls(out) == [("a", "0"), ("b", "1"), ("bad", "0"), ("d", "1"), ("e", "0")]
+    states = {p.stem: json.loads(p.read_text())["state"] for p in (out / "status").iterdir()}
+    assert states == {
+        "a": "done", "b": "done", "bad": "failed", "d": "running", "e": "interrupted",
+    }  # fmt: skip
+    assert not (out / "summary.csv").exists()
+    # what is done stays done; the code of a failed job reaches the launcher
+    told = torchrun(tmp_path, out)
+    assert calls(out) == [("bad", "0"), ("d", "1"), ("e", "0")]
+    assert told.count("4 done, 1 failed") == 1
+    assert "exitcode  : 8" in told
+    assert [(r["name"], r["state"]) for r in summary(out)] == [
+        (n, "failed" if n == "bad" else "done") for n in names
+    ]
+    # shards go on being shards: jobs 1 and 3 of five, one a process
+    torchrun(tmp_path, tmp_path / "shard", "", "", "--shard", "1/2")
+    assert calls(tmp_path / "shard") == [("b", "0"), ("d", "1")]
+    assert [r["name"] for r in summary(tmp_path / "shard", "summary-1-of-2.csv")] == ["b", "d"]
 
 
 @pytest.mark.slow

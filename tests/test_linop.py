@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import laws
 import pytest
 import torch
@@ -10,6 +12,7 @@ from inverse.errors import GeometryError, NumericalError
 from inverse.operators.linop import (
     ComplexFromChannels,
     ComplexFromReal,
+    CountedOperator,
     Diagonal,
     Identity,
     LinearOperator,
@@ -140,3 +143,46 @@ def test_norm_is_the_largest_singular_value() -> None:
     op = dense(9, 6)
     expected = float(torch.linalg.matrix_norm(op.matrix, 2))
     assert op.norm(iterations=200) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_error_of_a_right_adjoint_is_rounding(name: str) -> None:
+    assert OPERATORS[name].adjoint_error() < 1e-5
+
+
+class Crooked(LinearOperator):
+    """An operator of an author who got the adjoint wrong."""
+
+    def __init__(self, n: int, wrong: float) -> None:
+        super().__init__((n,), (n,))
+        self.wrong = wrong
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def _adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        return self.wrong * y
+
+
+def test_a_wrong_adjoint_shows_at_every_size_and_is_named_where_it_fails() -> None:
+    for n in (4, 100_000):
+        # <Ax, y> = |Ax| (1 + O(1/sqrt n)), |y| = sqrt 2
+        assert Crooked(n, 1.1).adjoint_error() == pytest.approx(0.1 / 2**0.5, rel=0.6)
+        assert Crooked(n, math.nan).adjoint_error() == math.inf
+    turned = Crooked(16, 1.0)
+    # skew: the residual grows by 1e4 at the first step, and out of float32
+    turned._adjoint = lambda y: 1e4 * (y.roll(1, -1) - y.roll(-1, -1))  # type: ignore[method-assign]
+    b = 1e35 * laws.random((1, 16), torch.float32, 0)
+    with pytest.raises(NumericalError, match=r"adjoint_error\(\) must be near 0"):
+        turned.normal_solve(b, 1.0)
+
+
+def test_a_counted_operator_counts_and_is_the_same() -> None:
+    op = dense(7, 5, torch.float32)
+    counted = CountedOperator(op)
+    x = torch.ones(2, 5)
+    torch.testing.assert_close(counted(x), op(x))
+    counted.take(torch.tensor([0])).adjoint(op(x))
+    assert counted.tally == [2]
+    solve = counted.normal_solve(x, 1.0, x, max_iter=3)
+    assert counted.tally == [2 + 2 * (solve.iterations + 1)]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import laws
+import numpy as np
 import pytest
 import torch
 
-from inverse.errors import GeometryError
+from inverse.errors import GeometryError, InputError
 from inverse.io.measurement_file import read_measurement, write_measurement
 from inverse.measurement import Measurement
 from inverse.operators.mask import Mask, central_hole, missing_slices, random_pixels
@@ -101,6 +104,11 @@ def test_volumes_in_files(tmp_path, name) -> None:
     assert torch.equal(again.measurement.data, data)
 
 
+def test_masks_of_numbers_and_arrays() -> None:
+    for values in (np.array([True, False]), np.array([1.0, 0.0]), torch.tensor([1, 0])):
+        assert Mask(values).mask.tolist() == [True, False]
+
+
 def test_refusals() -> None:
     for share in (0.0, 1.0, -1.0):
         with pytest.raises(GeometryError, match="share"):
@@ -113,6 +121,9 @@ def test_refusals() -> None:
         missing_slices(VOLUME, [11])
     with pytest.raises(GeometryError, match="at least one pixel"):
         Mask(missing_slices(VOLUME, range(11)))
+    for values in ([1.0, 0.5], [1.0, math.nan], [0, 2], [1, -1]):
+        with pytest.raises(InputError, match="true or 1 where a pixel is known"):
+            Mask(torch.tensor(values))
     for arguments in (((4, 4), 2), (VOLUME, 12), (VOLUME, 0), (VOLUME, 2, 0)):
         with pytest.raises(GeometryError, match="ThickSlices"):
             ThickSlices(*arguments)

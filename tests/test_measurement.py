@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import laws
+import numpy as np
 import pytest
 import torch
 
@@ -70,5 +73,40 @@ def test_refusals() -> None:
     for bad in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(InputError, match="noise"):
             Measurement(op, y, torch.tensor(bad), "MR", (1.0, 1.0))
-    with pytest.raises(InputError, match="mu_water"):
-        Measurement(op, y, one, "CT", (1.0, 1.0))
+    for mu in (None, 0.0, -1.0, math.nan, "0.02"):
+        with pytest.raises(InputError, match="mu_water"):
+            Measurement(op, y, one, "CT", (1.0, 1.0), mu)
+    for modality in ("ct", "MRI", "banana", None):
+        with pytest.raises(InputError, match="modality must be 'CT' or 'MR', got"):
+            Measurement(op, y, one, modality, (1.0, 1.0), 0.02)
+    for pixel in (1.0, (-1.0, 1.0), (1.0, math.nan), (1.0,), (1.0, 1.0, 1.0), "ab", None):
+        with pytest.raises(GeometryError, match="pixel_mm must be two positive numbers"):
+            Measurement(op, y, one, "MR", pixel)
+    for shape in ((3,), (3, 2), (2, 2, 2), (1, 3, 2, 2)):
+        with pytest.raises(InputError, match=r"one value a slice has shape \(3, 1, 1\)"):
+            Measurement(op, y, torch.ones(shape), "MR", (1.0, 1.0))
+    for data in (y.to(torch.int64), y.to(torch.complex64)):
+        with pytest.raises(InputError, match="must be real floating-point numbers"):
+            Measurement(op, data, one, "MR", (1.0, 1.0))
+    with pytest.raises(InputError, match="must be complex"):
+        Measurement(Identity((2, 2), torch.complex64), y, one, "MR", (1.0, 1.0))
+    with pytest.raises(InputError, match="needs a LinearOperator"):
+        Measurement(lambda x: x, y, one, "MR", (1.0, 1.0))
+
+
+def test_numbers_and_arrays_are_taken() -> None:
+    data = np.ones((3, 2, 2))
+    m = Measurement(Identity((2, 2)), data, 0.5, "CT", [1, np.float64(2)], np.float32(0.02))
+    assert m.data.dtype == m.noise.dtype == torch.float32
+    assert m.pixel_mm == (1, 2)
+    assert m.chi2(torch.zeros(3, 2, 2)).tolist() == [4.0] * 3
+    column = Measurement(Identity((2, 2)), data, np.array([1.0, 2.0]), "MR", (1, 1))
+    assert column.chi2(torch.zeros(3, 2, 2)).tolist() == [0.625] * 3
+    each = Measurement(Identity((2, 2)), data, torch.ones(3, 1, 1), "MR", (1, 1))
+    assert each.take(torch.tensor([2, 0])).noise.shape == (2, 1, 1)
+
+
+def test_a_measurement_shows_shapes_not_values() -> None:
+    m, _ = ct(torch.tensor(0.3))
+    assert "Measurement(CT, data (3, 7, 18) torch.float32, noise 0.3" in repr(m)
+    assert len(repr(m)) < 300

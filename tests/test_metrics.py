@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from inverse.errors import GeometryError, InputError
@@ -50,12 +51,22 @@ def test_only_the_mask_counts(rng: np.random.Generator) -> None:
         psnr(x, truth)  # type: ignore[call-arg]
 
 
-def test_interval_covers_the_mean_and_shrinks(rng: np.random.Generator) -> None:
+def test_interval_is_students(rng: np.random.Generator) -> None:
+    # t(0.975, 1) = 12.7062, t(0.975, 2) = 4.30265 of the tables
+    assert ci95([30.0, 32.0]) == pytest.approx((31 - 12.7062, 31 + 12.7062), abs=1e-4)
+    assert ci95([3.0, 4.0, 5.0]) == pytest.approx((4 - 2.48414, 4 + 2.48414), abs=1e-5)
+    assert ci95([30.0]) is None
     values = rng.normal(30.0, 1.0, 400)
-    low, high = ci95(values)
-    assert low < values.mean() < high
-    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
-    assert ci95(values) == (low, high)
+    low, high = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert ci95(values) == pytest.approx((low, high))
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_interval_of_few_slices_holds_the_mean_as_often_as_it_says(n: int) -> None:
+    draws = np.random.default_rng(0).normal(size=(4000, n))
+    ends = np.array([ci95(values) for values in draws])
+    held = ((ends[:, 0] < 0) & (ends[:, 1] > 0)).mean()
+    assert held == pytest.approx(0.95, abs=4 * np.sqrt(0.95 * 0.05 / 4000))
 
 
 def test_body_mask_fills_lungs_and_drops_the_table() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from inverse.errors import ReconError
 from inverse.measurement import Measurement
 from inverse.operators.ct import ParallelBeam, RayTransform
 from inverse.operators.linop import LinearOperator
@@ -140,8 +139,3 @@ def test_a_start_of_one_dimension_is_tikhonovs() -> None:
     measured = Measurement(mask, torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor(0.1), "MR", (1, 1))
     x = warm_start(measured, 0.0, 1.0)
     torch.testing.assert_close(x, torch.tensor([[100.0, 200.0, 0.0]]) / 101, rtol=1e-3, atol=1e-5)
-
-
-def test_impossible_damping_is_refused() -> None:
-    with pytest.raises(ReconError, match=r"damping .* \[0, 1\]"):
-        pnp_admm(problem(), damping=1.5)

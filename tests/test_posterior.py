@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
+
+import numpy as np
 import pytest
 import torch
 
-from inverse.errors import ReconError
+from inverse.errors import InputError
 from inverse.measurement import Measurement
 from inverse.operators.mri import CartesianMRI, centred_fft, centred_ifft
 from inverse.posterior import METHODS, Proximal, song_projection
@@ -36,7 +40,7 @@ def test_hard_song_projection_replaces_measured_and_keeps_the_rest() -> None:
     x = torch.tensor([[[3.0, -2.0]]])
     project = song_projection(toy.measurement(), toy.prior.sde, lambda: 0 * x, lam=1.0)
     torch.testing.assert_close(project(x, torch.tensor(0.5)), torch.tensor([[[1.0, -2.0]]]))
-    with pytest.raises(ReconError, match="lambda must lie in"):
+    with pytest.raises(InputError, match="lambda must lie in"):
         song_projection(toy.measurement(), VE(), lambda: x, lam=0.0)
 
 
@@ -87,5 +91,42 @@ def test_every_method_states_its_cost_and_class() -> None:
         }, name
         assert "steps" in method.options
         assert method.reference
-        with pytest.raises(ReconError, match="no option nonsense"):
+        assert method.name == name
+        with pytest.raises(InputError, match=rf"method '{name}' has no option nonsense; besides"):
             method.resolve({"nonsense": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "values", "needs"),
+    [
+        ("pnp_admm", "weight", (0, -1, math.nan, math.inf, "6", None, True), "a number above 0"),
+        ("pnp_admm", "damping", (-0.1, 1.5), r"a number in \[0, 1\]"),
+        ("pnp_admm", "relaxation", (0.0, 2.0, 9), r"a number in \(0, 2\)"),
+        ("pnp_admm", "steps", (0, 4.5, "20"), "a whole number of at least 1"),
+        ("dds", "weight", (-2.0,), "a number above 0"),
+        ("dds", "cg_iterations", (0, -1, 1.5), "a whole number of at least 1"),
+        ("dds", "eta", (1.01,), r"a number in \[0, 1\]"),
+        ("song", "lam", (0.0, 1.1), r"a number in \(0, 1\]"),
+        ("song", "snr", (-0.1,), "a number of at least 0"),
+        ("dps", "zeta", (0.0, "a"), "a number above 0 or None"),
+        ("daps", "variance", ("other", 1), "'error' or 'level'"),
+        ("smc", "particles", (0,), "a whole number of at least 1"),
+        ("pnpdm", "balanced", (1, "true"), "True or False"),
+        ("ald", "step", (2.0,), r"a number in \(0, 2\)"),
+    ],
+)
+def test_options_keep_to_their_bounds(name: str, option: str, values: tuple, needs: str) -> None:
+    for value in values:
+        says = rf"option {option} of method '{name}' must be {needs}, got"
+        with pytest.raises(InputError, match=says):
+            METHODS[name].resolve({option: value})
+
+
+def test_options_within_their_bounds_become_plain_numbers() -> None:
+    options = METHODS["dds"].resolve({"weight": np.float32(0.5), "steps": np.int64(3), "eta": 1})
+    assert json.loads(json.dumps(options)) == {**METHODS["dds"].options, **options}
+    assert options["weight"] == 0.5
+    assert METHODS["dps"].resolve({"zeta": None})["zeta"] is None
+    for method in METHODS.values():
+        assert method.resolve(method.options) == method.options
+        assert set(method.accepts) == set(method.options)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from inverse.errors import CheckpointError, GeometryError, ReconError
+from inverse.errors import CheckpointError, GeometryError, InputError, ReconError
 from inverse.priors import (
     GaussianPrior,
     MixturePrior,
@@ -127,6 +129,29 @@ def test_gaussian_posterior_equals_the_information_form() -> None:
     assert post.mean.tolist() == pytest.approx([0.917, 0.734], abs=5e-4)
     assert post.covariance.diagonal().sqrt().tolist() == pytest.approx([0.287, 0.643], abs=5e-4)
     assert post.kl(post.mean, post.covariance) == pytest.approx(0, abs=1e-12)
+
+
+def test_arrays_make_priors_and_impossible_ones_are_refused() -> None:
+    eye = np.eye(2)
+    assert GaussianPrior(np.zeros(2), 2 * eye, (2,)).covariance_matrix.dtype == torch.float64
+    assert MixturePrior(np.ones(1), np.zeros((1, 2)), eye[None], (2,)).weights.tolist() == [1.0]
+    for bad in ([[1, 2], [2, 1]], [[1, 0.5], [0, 1]], [[1, 0], [0, 0]], [[-1, 0], [0, 1]]):
+        with pytest.raises(InputError, match="symmetric and positive definite, got an asymmetry"):
+            GaussianPrior(0.0, torch.tensor(bad), (2,))
+    for mean, covariance in (
+        (math.nan, eye),
+        (0.0, np.full((2, 2), math.nan)),
+        (0.0, np.full((2, 2), math.inf)),
+    ):
+        with pytest.raises(InputError, match="must be finite"):
+            GaussianPrior(mean, covariance, (2,))
+    for weights in ([0.5, 0.6], [1.5, -0.5], [math.nan, 1.0]):
+        with pytest.raises(InputError, match="weights must be positive and sum to one"):
+            MixturePrior(np.array(weights), np.zeros((2, 2)), np.stack([eye, eye]), (2,))
+    two = MixturePrior(np.full(2, 0.5), np.zeros((2, 2)), np.stack([eye, eye]), (2,))
+    for prior in (GaussianPrior(0.0, eye, (2,)), two):
+        with pytest.raises(GeometryError, match=r"prior of images \(2,\), got \(3,\)"):
+            prior.denoise(torch.zeros(1, 3), 0.5)
 
 
 def test_mixture_posterior_weights_follow_the_evidence() -> None:

@@ -165,7 +165,7 @@ def test_a_lost_process_is_told_with_what_to_do() -> None:
 def test_a_launcher_of_one_process_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    with processes._joined() as found:
+    with processes.joined() as found:
         assert found == ALONE
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert processes.local_rank() == 3

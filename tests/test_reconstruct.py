@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 from inverse import VE, Measurement, reconstruct
-from inverse.errors import CheckpointError, ReconError, UnsupportedError
+from inverse.errors import CheckpointError, GeometryError, InputError, ReconError, UnsupportedError
+from inverse.measurement import CHI2_HIGH
 from inverse.operators.ct import ParallelBeam, RayTransform
 from inverse.operators.linop import Identity
 from inverse.operators.mask import Mask
-from inverse.operators.mri import CartesianMRI, centred_fft
+from inverse.operators.mri import CartesianMRI, Sense, centred_fft
 from inverse.operators.resample import Upsample
-from inverse.priors import GaussianPrior, NetworkConfig, NetworkPrior, PriorCard, UNet
+from inverse.priors import Denoiser, GaussianPrior, NetworkConfig, NetworkPrior, PriorCard, UNet
+from inverse.reconstruct import _unfitted
+from inverse.trust.verdict import Evidence, judge
 
 CARD = PriorCard(
     name="tiny",
@@ -185,10 +189,41 @@ def test_real_prior_serves_complex_images_by_their_phase() -> None:
         reconstruct(seen, prior, phase="guessed")
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_nothing_is_drawn_where_no_coil_sees(channels: int) -> None:
+    n = 32
+    maps = torch.ones(2, 2, n, n, dtype=torch.complex64) / 2**0.5
+    maps[0, :, :8], maps[1, :, 20:] = 0, 0
+    operator = Sense(maps, torch.ones(n, n, dtype=torch.bool))
+    image = torch.ones(2, n, n, dtype=torch.complex64)
+    seen = Measurement(operator, operator(image), torch.tensor(1e-4), "MR", (1.5, 1.5))
+    prior = network(channels, modality="MR", unit="relative", offset=0.5, scale=0.5)
+    found = reconstruct(seen, prior, steps=2).mean
+    assert not bool(found[~operator.support].any())
+    assert float((found - image)[operator.support].abs().max()) < 0.1
+
+
 def test_unfitted_data_are_flagged() -> None:
     seen = ct(slices=1)
     result = reconstruct(seen, network(), steps=2, options={"weight": 1e-6, "cg_iterations": 1})
     assert "not fitted" in result.status
+
+
+@pytest.mark.parametrize(("times", "flagged"), [(0.99, False), (1.01, True)])
+def test_the_status_warns_where_the_verdict_does(times: float, flagged: bool) -> None:
+    chi2 = times * CHI2_HIGH
+    assert bool(_unfitted(torch.tensor([1.0, chi2]))) == flagged
+    assert (judge(Evidence(chi2=chi2)).light == "amber") == flagged
+
+
+def test_every_remark_is_one() -> None:
+    seen = ct(slices=1, pixel=0.75)
+    result = reconstruct(
+        seen, network(), steps=2, coupling="tv", options={"weight": 1e-6, "cg_iterations": 1}
+    )
+    codes = [remark.code for remark in result.remarks]
+    assert codes == ["FINE_PIXELS", "ONE_SLICE", "RESIDUAL"]
+    assert result.status == "; ".join(remark.text for remark in result.remarks)
 
 
 def test_refusals() -> None:
@@ -202,3 +237,71 @@ def test_refusals() -> None:
         reconstruct(ct(), network(), samples=0)
     with pytest.raises(UnsupportedError, match="one channel"):
         reconstruct(ct(), network(2))
+
+
+class Cropping(Denoiser):
+    """A denoiser of an author who forgot the padding."""
+
+    def denoise(self, x_t: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
+        return x_t[..., 1:]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"prior": "ct-small"}, r"got the text 'ct-small'; load_prior\('ct-small'\) gives one"),
+        ({"prior": None}, "that is an inverse.priors.Denoiser, got a NoneType"),
+        ({"prior": lambda x, t: x}, "that is an inverse.priors.Denoiser, got a function"),
+        ({"measurement": torch.zeros(1, 4, 4)}, "needs an inverse.Measurement .* got a Tensor"),
+        ({"device": "gpu"}, "device 'gpu' is not known or not there"),
+        ({"device": "cuda:77"}, "device 'cuda:77' is not known or not there"),
+        ({"options": "weight"}, "options must map names to values"),
+        ({"options": {"weight": "a"}}, "weight of method 'pnp_admm' must be a number above 0"),
+        ({"options": {"weight": 0}}, "weight of method 'pnp_admm' must be a number above 0"),
+        ({"options": {"lam": 1}}, "method 'pnp_admm' has no option lam"),
+        ({"steps": 4.5}, "steps of method 'pnp_admm' must be a whole number of at least 1"),
+        ({"steps": 0}, "steps of method 'pnp_admm' must be a whole number of at least 1"),
+        ({"samples": 1.5}, "samples must be a whole number of at least 1, got 1.5"),
+        ({"batch": 0}, "batch must be a whole number of at least 1, got 0"),
+        ({"seed": "x"}, "seed must be a whole number, got 'x'"),
+        ({"coupling": 3}, "coupling must be a name"),
+        ({"coupling": "glue"}, "no coupling 'glue'"),
+        ({"positions": [0, 0]}, "get the same noise"),
+        ({"positions": [0]}, "must number the 2 slices"),
+        ({"positions": [0, 1.5]}, "positions must be a whole number, got 1.5"),
+        ({"z_mm": [0.0]}, "must number the 2 slices"),
+    ],
+    ids=str,
+)
+def test_slips_are_told_in_a_sentence(changes: dict, says: str) -> None:
+    given = {"measurement": ct(slices=2, n=8), "prior": network(), **changes}
+    with pytest.raises(InputError, match=says):
+        reconstruct(**given)
+
+
+def test_priors_of_another_size_are_named() -> None:
+    seen = Measurement(Identity((4, 4)), torch.zeros(1, 4, 4), 0.1, "MR", (1, 1))
+    small = GaussianPrior(0.0, torch.eye(9), (3, 3))
+    with pytest.raises(GeometryError, match=r"prior of images \(3, 3\), got \(4, 4\)"):
+        reconstruct(seen, small, steps=2)
+    with pytest.raises(GeometryError, match=r"Cropping must return images .* got \(1, 4, 3\)"):
+        reconstruct(seen, Cropping(VE()), steps=2)
+
+
+def test_positions_of_any_integer_type_name_the_same_noise() -> None:
+    seen, kwargs = ct(slices=2, n=8), {"steps": 2, "seed": np.int64(3)}
+    a = reconstruct(seen, network(), positions=np.array([7, -1]), **kwargs)
+    b = reconstruct(seen, network(), positions=[7, -1], **kwargs)
+    assert torch.equal(a.mean, b.mean)
+
+
+def test_a_result_shows_shapes_and_status_not_values() -> None:
+    result = reconstruct(ct(slices=6, n=8), network(), steps=2, samples=2)
+    shown = repr(result)
+    assert shown.startswith(
+        "Reconstruction(mean (6, 8, 8), samples (6, 2, 8, 8), method 'pnp_admm'"
+    )
+    assert f"chi2 [{result.residual_chi2[0]:.3g}, " in shown
+    assert "...]" in shown
+    assert f"status {result.status!r}" in shown
+    assert "tensor" not in shown

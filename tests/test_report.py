@@ -235,6 +235,14 @@ def test_overview_picture(study: Path, tmp_path: Path) -> None:
     assert recon("report", study, "--overview", tmp_path / "p.png", "--slice", 3) == 4
 
 
+def test_an_option_without_effect_is_refused(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recon("report", study, "--slice", 1) == 2
+    assert "--overview" in capsys.readouterr().err
+    assert recon("report", study, "--overview", tmp_path / "a.txt") == 2
+
+
 def test_figures_for_papers(
     study: Path,
     tmp_path: Path,
@@ -516,6 +524,30 @@ def test_swipe_shows_one_image_left_and_another_right(fresh: Browser, study: Pat
     assert (seen(left), seen(right)) == (greys[1][row, left], greys[1][row, right])
     fresh.key("c")
     assert fresh.evaluate("document.getElementById('swipe').hidden") is True
+
+
+@needs_browser
+@pytest.mark.parametrize("tall", [1, 3])
+def test_swipe_leaves_room_for_divider_and_colour_bar(
+    study: Path, tmp_path: Path, tall: int
+) -> None:
+    text = (study / "report.html").read_text()
+    assert text.count('"spacing":[6.0,6.0]') == 1
+    rows = f'"spacing":[{6.0 * tall},6.0]'
+    (tmp_path / "report.html").write_text(text.replace('"spacing":[6.0,6.0]', rows))
+    with Browser(1600, 900) as browser:
+        browser.open(tmp_path / "report.html")
+        browser.wait(f"{SHOWN} === '1'")
+        browser.evaluate("document.getElementById('mode-swipe').click()")
+        frame(browser)
+        _, _, width, height = browser.box("#swipe-canvas")
+        assert height == pytest.approx(tall * width, rel=0.01)
+        bottom = "document.getElementById('position').getBoundingClientRect().bottom"
+        top = "document.getElementById('viewer').getBoundingClientRect().top"
+        assert browser.evaluate(f"{bottom} - {top}") < 850
+        # a card of means is as high as that of the slices beside it
+        means, slices = (browser.box(name)[3] for name in ("#score-means", "#score-slices"))
+        assert means == pytest.approx(slices, abs=1)
 
 
 def test_region_statistics_are_those_of_the_pixels(fresh: Browser, study: Path) -> None:

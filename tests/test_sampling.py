@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from inverse.errors import GeometryError, NumericalError, ReconError
+from inverse.errors import GeometryError, InputError, NumericalError, ReconError
 from inverse.priors import Denoiser, GaussianPrior, MixturePrior
 from inverse.sampling import (
     SAMPLERS,
@@ -161,28 +161,65 @@ def test_langevin_corrector_is_per_sample_and_stationary() -> None:
     scale = math.sqrt(1 + float(sde.sigma(t)) ** 2)
     draw = noise(64, (d,))
     x = scale * draw()
-    alone = langevin(0.1)(sde, x[:1], prior.denoise(x[:1], t), t, x[1:2])
+    alone = langevin(0.1)(sde, x[:1], prior.denoise(x[:1], t), t, t, x[1:2])
     mates = torch.cat([x[:1], 100 * x[:1]])
-    both = langevin(0.1)(sde, mates, prior.denoise(mates, t), t, x[1:3])
+    both = langevin(0.1)(sde, mates, prior.denoise(mates, t), t, t, x[1:3])
     torch.testing.assert_close(both[:1], alone)
     for _ in range(50):
-        x = langevin(0.5)(sde, x, prior.denoise(x, t), t, draw())
+        x = langevin(0.5)(sde, x, prior.denoise(x, t), t, t, draw())
     # stationary variance of a Langevin step of size e on N(0, v): v / (1 - e/(2v))
     expected = scale / math.sqrt(1 - (0.5 * float(sde.sigma(t)) / scale) ** 2)
     assert float(x.std()) == pytest.approx(expected, rel=0.01)
 
 
-def test_a_correctors_step_by_norms_of_the_sample_is_the_papers() -> None:
-    """eps = 2 alpha (r |z| / |score|)^2 of each sample, whatever its batch mates are."""
-    sde, t, d = VP(), 0.5, 50
+def test_a_correctors_step_is_the_papers() -> None:
+    """By hand: DDPM's beta from 0.1 to 20 in N = 1000 steps, step i = 500, snr 0.16.
+
+    beta_i = (0.1 + 19.9 * 499/999) / 1000 = 0.010040, alpha_i = 1 - beta_i = 0.989960,
+    sigma^2 = 1 - exp(-2.5375) = 0.920936, eps = 2 * 0.989960 * 0.0256 * 0.920936 = 0.046679.
+    """
+    x0, z = torch.randn(2, 5, 4, dtype=torch.float64).unbind(0)
+    x = VP().alpha(0.5) * x0  # the score is zero: the step shows in the noise alone
+    moved = langevin(0.16)(VP(), x, x0, 0.5, 0.499, z)
+    torch.testing.assert_close(moved - x, math.sqrt(2 * 0.046679) * z, rtol=1e-4, atol=0)
+    ve = VE(0.01, 50.0)
+    moved = langevin(0.16)(ve, x0, x0, 0.5, 0.499, z)  # sigma^2 = 0.5 and alpha_i = 1
+    torch.testing.assert_close(moved - x0, math.sqrt(2 * 2 * 0.0256 * 0.5) * z)
+
+
+@pytest.mark.parametrize("sde", SDES, ids=repr)
+def test_predictor_corrector_reaches_the_variance_of_a_gaussian(sde: SDE) -> None:
+    """The exact recursion of the variance; the more steps, the nearer."""
+
+    def error(n: int) -> float:
+        times = time_grid(sde, n, end=0.01, spacing="uniform")
+        prior, v = gaussian(sde, 0.25, 0.0), float(sde.sigma(1.0)) ** 2
+        one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+        for t, s in zip(times[:-1], times[1:], strict=True):
+            for step in (langevin(0.16), reverse_diffusion):
+                gain = step(sde, one, prior.denoise(one, t), t, s, zero)
+                spread = step(sde, zero, prior.denoise(zero, t), t, s, one)
+                v = float(gain) ** 2 * v + float(spread) ** 2
+        truth = float(sde.alpha(times[-1])) ** 2 * 0.25 + float(sde.sigma(times[-1])) ** 2
+        return abs(v / truth - 1)
+
+    near = error(240)
+    assert near < 0.02
+    assert near < 0.4 * error(60)
+
+
+def test_a_correctors_step_by_norms_of_the_sample_is_its_own() -> None:
+    """eps = 2 alpha_i (snr |z| / |score|)^2 of each sample, whatever its batch mates are."""
+    sde, t, s, d = VP(), 0.5, 0.45, 50
     prior = GaussianPrior(0.3, torch.eye(d, dtype=torch.float64), (d,), sde)
     x, z = noise(3, (d,))(), noise(3, (d,), seed=1)()
     x[1] *= 30
-    moved = langevin(0.2, "sample")(sde, x, prior.denoise(x, t), t, z)
+    moved = langevin(0.2, "sample")(sde, x, prior.denoise(x, t), t, s, z)
     alpha, sigma = (float(c) for c in sde.marginal(t))
+    decay = float(sde.alpha(t) / sde.alpha(s))
     for k in range(3):
         score = -(x[k] - alpha * 0.3) / (alpha**2 + sigma**2)
-        eps = 2 * alpha * (0.2 * float(z[k].norm() / score.norm())) ** 2
+        eps = 2 * decay**2 * (0.2 * float(z[k].norm() / score.norm())) ** 2
         expected = x[k] + eps * score + math.sqrt(2 * eps) * z[k]
         torch.testing.assert_close(moved[k], expected, rtol=1e-9, atol=1e-12)
 
@@ -195,7 +232,7 @@ def test_norms_of_many_dimensions_lie_near_their_expectations() -> None:
     x, z = 50 * noise(d)(), noise(d, seed=1)()
     x0 = prior.denoise(x, t)
     x, x0, z = (v.reshape(1, d) for v in (x, x0, z))
-    a, b = (langevin(0.2, kind)(sde, x, x0, t, z) - x for kind in ("expected", "sample"))
+    a, b = (langevin(0.2, kind)(sde, x, x0, t, t, z) - x for kind in ("expected", "sample"))
     assert float((a - b).norm() / a.norm()) < 0.02
 
 
@@ -351,8 +388,12 @@ def test_stochastic_samplers_and_only_they_draw_noise_after_the_start(name: str)
 def test_options_of_a_sampler() -> None:
     assert SAMPLERS["pc"].options == {"steps": 250, "snr": 0.16, "norms": "expected"}
     assert SAMPLERS["ddim"].resolve({"eta": 0.5}) == {"steps": 50, "eta": 0.5}
-    with pytest.raises(ReconError, match="has no option colour; it has steps"):
+    with pytest.raises(InputError, match="'heun' has no option colour; besides steps it has none"):
         SAMPLERS["heun"].resolve({"colour": 1})
+    with pytest.raises(InputError, match="'rk45' has no option steps; it has atol, rtol"):
+        SAMPLERS["rk45"].resolve({"steps": 1})
+    with pytest.raises(InputError, match="option eta of sampler 'ddim' must be a number in"):
+        SAMPLERS["ddim"].resolve({"eta": 1.5})
 
 
 def test_the_number_of_network_calls_is_one_a_step() -> None:

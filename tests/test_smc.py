@@ -9,7 +9,6 @@ import pytest
 import torch
 from affine import CountingPrior, dense, field, parts, pixel, plane, plane_posterior, problem
 
-from inverse.errors import ReconError
 from inverse.posterior.smc import _Twist, systematic_resample, tds
 from phantoms.benchmarks.calibration import mixture
 
@@ -155,5 +154,3 @@ def test_noise_maps_and_bad_settings() -> None:
         doubled = run(problem(prior, replace(measurement, noise=2 * measurement.noise), 1))
     torch.testing.assert_close(both[0], plain[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(both[1], doubled[1], rtol=1e-4, atol=1e-4)
-    with pytest.raises(ReconError, match="at least 1 particle"):
-        tds(problem(prior, measurement, 1), particles=0)

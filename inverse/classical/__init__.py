@@ -14,7 +14,7 @@ from inverse.classical.linear import (
     tikhonov,
     zero_filled,
 )
-from inverse.classical.mri import L1_WEIGHT, cg_sense, l1_wavelet, root_sum_of_squares
+from inverse.classical.mri import L1_WEIGHT, cg_sense, l1_wavelet, phased, root_sum_of_squares
 from inverse.classical.transmission import PenalisedLikelihood, poisson
 from inverse.classical.variation import TV_WEIGHT, TV_WEIGHT_MR, TotalVariation, tv
 
@@ -32,6 +32,7 @@ __all__ = [
     "l1_wavelet",
     "leave_out_metal",
     "os_sart",
+    "phased",
     "poisson",
     "root_sum_of_squares",
     "sirt",

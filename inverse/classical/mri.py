@@ -9,6 +9,8 @@ coarsest coefficients, and the RMS noise std :math:`\sigma`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,9 +18,11 @@ from torch import Tensor
 from inverse.classical.linear import cgls
 from inverse.errors import InputError, NumericalError, UnsupportedError
 from inverse.measurement import Measurement
+from inverse.operators.coils import estimated_phase
+from inverse.operators.linop import ComplexFromReal
 from inverse.operators.mri import CartesianMRI, Sense, centred_ifft
 
-__all__ = ["L1_WEIGHT", "cg_sense", "l1_wavelet", "root_sum_of_squares"]
+__all__ = ["L1_WEIGHT", "cg_sense", "l1_wavelet", "phased", "root_sum_of_squares"]
 
 L1_WEIGHT = 0.2
 """Default weight in units of the noise std: within 15 % of the least error on brain T1 phantoms at
@@ -77,12 +81,12 @@ def l1_wavelet(
     which averages over the transform's blocks.  Prewhiten coils of unequal noise first.
 
     Args:
-        measurement: the data, with their noise std; two-dimensional complex images.
+        measurement: the data, with their noise std; two-dimensional images.
         weight: w.
         iterations: steps; the objective is within 3 % of its limit after 60.
 
     Returns:
-        Complex ``(slices, H, W)``.
+        ``(slices, H, W)``, complex where the operator's images are.
 
     Raises:
         InputError: a weight that is not positive.
@@ -105,6 +109,29 @@ def l1_wavelet(
         for k in range(len(measurement))
     ]
     return torch.cat(each)
+
+
+def phased(solve: Callable[[Measurement], Tensor]) -> Callable[[Measurement], Tensor]:
+    r"""A solver that knows complex images up to their size: :math:`x = e^{i\varphi} m`, m real.
+
+    The phase is estimated at low resolution, as for a prior of real images.  It halves the
+    unknowns: of an image without phase each sample of k-space tells the one opposite, too.
+    So a baseline beside such a prior should have it.  Real images are solved as they are.
+
+    Args:
+        solve: a solver for real images, such as :func:`l1_wavelet`.
+
+    Source: Noll, Nishimura and Macovski, IEEE Trans. Med. Imaging 10 (1991).
+    """
+
+    def with_phase(measurement: Measurement) -> Tensor:
+        op = measurement.operator
+        if not op.dtype.is_complex:
+            return solve(measurement)
+        image = estimated_phase(op, measurement.data) @ ComplexFromReal(op.in_shape)
+        return image(solve(replace(measurement, operator=op @ image)))
+
+    return with_phase
 
 
 def _fista(measurement: Measurement, weight: float, iterations: int) -> Tensor:

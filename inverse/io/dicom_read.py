@@ -55,6 +55,8 @@ from inverse.io.dicom_stacks import (
 if TYPE_CHECKING:
     from pydicom import Dataset
 
+    from inverse.volumes import Allocate
+
 __all__ = [
     "AIR_HU",
     "Series",
@@ -80,7 +82,8 @@ class Series:
     """One stack in physical units.
 
     Attributes:
-        array: ``(Z, Y, X)`` float32; HU for CT, the scanner's signal for MR.
+        array: ``(Z, Y, X)`` float32; HU for CT, the scanner's signal for MR.  As the mask, a
+            `inverse.volumes.DiskVolume` where the reader was told so.
         modality: ``"CT"`` or ``"MR"``.
         unit: ``"HU"`` or ``"signal"``.
         spacing: (slice, row, column) in mm.
@@ -452,6 +455,7 @@ def read_series(
     stack: str | int | None = None,
     *,
     max_bytes: int = 1 << 32,
+    allocate: Allocate = np.empty,
 ) -> Series:
     r"""Read exactly one stack of a folder, file or zip archive in physical units.
 
@@ -463,6 +467,7 @@ def read_series(
             several.
         stack: number of the stack as `inspect` shows it.
         max_bytes: limit on the decoded volume (4 bytes a voxel) and on archives.
+        allocate: where ``array`` and ``mask`` go; in memory by default.
 
     Raises:
         NoInputError: nothing there, or no images.
@@ -491,7 +496,7 @@ def read_series(
                 f"{needed >> 20} MiB, the limit is {max_bytes >> 20} MiB; read fewer slices or "
                 "raise the limit (--limits)"
             )
-        pixels = _read_slices(sources, chosen)
+        pixels = _read_slices(sources, chosen, allocate)
     notes = [*found.warnings]
     notes += [n for n in chosen.warnings if n.code != "DUPLICATE_POSITION"]
     if localizers:
@@ -517,8 +522,8 @@ def read_series(
 class _Pixels:
     """The slices of a stack as they are decoded, in order."""
 
-    array: NDArray[np.float32]
-    mask: NDArray[np.bool_]
+    array: Any
+    mask: Any
     headers: list[Header] = field(default_factory=list)
     templates: list[bytes] = field(default_factory=list)
     rescale: list[tuple[float, float]] = field(default_factory=list)
@@ -526,10 +531,10 @@ class _Pixels:
     synthetic: bool = False
 
 
-def _read_slices(sources: Sequence[Source], chosen: Stack) -> _Pixels:
+def _read_slices(sources: Sequence[Source], chosen: Stack, allocate: Allocate) -> _Pixels:
     """Decode the slices of a stack; copies at one position are dropped, others are an error."""
     shape = (chosen.slices, *chosen.shape)
-    pixels = _Pixels(np.empty(shape, np.float32), np.empty(shape, bool))
+    pixels = _Pixels(allocate(shape, np.float32), allocate(shape, np.bool_))
     z = heights(chosen.headers, slice_normal(chosen.orientation or ()))
     multiframe: dict[int, _File] = {}
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -41,6 +42,8 @@ from inverse.io.dicom_headers import TEMPLATE_TAGS, words
 
 if TYPE_CHECKING:
     from pydicom import Dataset
+
+    from inverse.volumes import Volume
 
 __all__ = [
     "SOP_CLASS",
@@ -204,7 +207,7 @@ def _ds(value: float) -> str:
 
 
 def new_dataset(attributes: Mapping[str, Any]) -> Dataset:
-    """A data set from keywords; a sequence is a list of mappings, decimals are floats."""
+    """A data set from keywords; a sequence is a list of mappings or data sets, decimals floats."""
     from pydicom import Dataset
     from pydicom.datadict import dictionary_VR
 
@@ -212,7 +215,7 @@ def new_dataset(attributes: Mapping[str, Any]) -> Dataset:
     for name, value in attributes.items():
         vr = dictionary_VR(name)
         if vr == "SQ":
-            value = [new_dataset(item) for item in value]
+            value = [item if isinstance(item, Dataset) else new_dataset(item) for item in value]
         elif vr == "DS" and not isinstance(value, str):
             value = _ds(value) if isinstance(value, (int, float)) else [_ds(v) for v in value]
         setattr(ds, name, value)
@@ -334,36 +337,46 @@ def write_instances(
 # --- derived series ----------------------------------------------------------------------------
 
 
-def _quantise(
-    volume: NDArray[np.float32], modality: str, kind: str
-) -> tuple[NDArray[np.integer[Any]], float, int]:
-    """Stored values, physical value of one step, and how many voxels were clipped.
+@dataclass(frozen=True)
+class _Steps:
+    """How values are stored: in whole steps of ``slope``, clipped to ``low`` and ``high``.
 
     CT images take 1 HU a step, so the rounding error is at most 0.5 HU; a std map takes the finest
     of 0.01, 0.1 and 1 HU that holds its maximum.  MR is spread over 0 to 4095.
     """
-    top = float(volume.max())
+
     dtype: type[np.integer[Any]]
-    if modality == "CT":
-        dtype, low, high = np.int16, -32768, 32767
-        slope = 1.0
-        if kind == "std":
-            slope = next((s for s in (0.01, 0.1) if top <= s * high), 1.0)
-    else:
-        dtype, low, high = np.uint16, 0, 4095
-        slope = top / high if top > 0 else 1.0
-    stored = np.empty(volume.shape, dtype=dtype)
-    saturated = 0
-    for k, image in enumerate(volume):
-        steps = np.rint(image.astype(np.float64) / slope)
-        saturated += int(((steps < low) | (steps > high)).sum())
-        stored[k] = np.clip(steps, low, high)
-    return stored, slope, saturated
+    low: int
+    high: int
+    slope: float
+
+    @classmethod
+    def of(cls, top: float, modality: str, kind: str) -> _Steps:
+        """For values up to ``top``."""
+        if modality == "CT":
+            fine = (0.01, 0.1) if kind == "std" else ()
+            slope = next((s for s in fine if top <= s * 32767), 1.0)
+            return cls(np.int16, -32768, 32767, slope)
+        return cls(np.uint16, 0, 4095, top / 4095 if top > 0 else 1.0)
+
+    def stored(self, image: NDArray[np.floating]) -> tuple[NDArray[np.integer[Any]], int]:
+        """Stored values of an image, and how many were clipped."""
+        steps = np.rint(np.asarray(image, np.float32).astype(np.float64) / self.slope)
+        clipped = int(((steps < self.low) | (steps > self.high)).sum())
+        return np.clip(steps, self.low, self.high).astype(self.dtype), clipped
 
 
-def _window(
-    stored: NDArray[np.integer[Any]], slope: float, modality: str, kind: str
-) -> dict[str, Any]:
+def _percentile(counts: NDArray[np.int64], low: int, q: float) -> float:
+    """Percentile of stored values from how often each is there, from ``low`` on."""
+    ends = np.cumsum(counts)
+    at = (int(ends[-1]) - 1) * q / 100
+    below, above = (
+        low + int(np.searchsorted(ends, rank, side="right")) for rank in (int(at), math.ceil(at))
+    )
+    return below + (above - below) * (at - int(at))
+
+
+def _window(counts: NDArray[np.int64], steps: _Steps, modality: str, kind: str) -> dict[str, Any]:
     """Display windows, in HU for CT and in stored values for MR (which has no Modality LUT)."""
     if modality == "CT" and kind == "image":
         return {
@@ -371,9 +384,9 @@ def _window(
             "WindowWidth": [400, 1500],
             "WindowCenterWidthExplanation": ["SOFT TISSUE", "LUNG"],
         }
-    unit = slope if modality == "CT" else 1.0
-    low = 0.0 if kind == "std" else float(np.percentile(stored, 0.5)) * unit
-    high = max(float(np.percentile(stored, 99.5)) * unit, low + max(unit, 1e-3))
+    unit = steps.slope if modality == "CT" else 1.0
+    low = 0.0 if kind == "std" else _percentile(counts, steps.low, 0.5) * unit
+    high = max(_percentile(counts, steps.low, 99.5) * unit, low + max(unit, 1e-3))
     return {"WindowCenter": (low + high) / 2, "WindowWidth": max(high - low, 1.0)}
 
 
@@ -499,7 +512,7 @@ def _comments(kind: str, synthetic: bool) -> str:
 
 def write_series(
     out_dir: str | os.PathLike[str],
-    volume: NDArray[np.float32],
+    volume: Volume,
     templates: Sequence[bytes],
     *,
     description: str,
@@ -519,7 +532,7 @@ def write_series(
 
     Args:
         out_dir: new or empty folder; files are named by slice number.
-        volume: ``(Z, Y, X)``, HU or signal.
+        volume: ``(Z, Y, X)``, HU or signal, in memory or on disk.
         templates: a header a slice, from `Series.templates`.
         description: series description; a research label is put before it.
         derivation: provenance.
@@ -538,7 +551,6 @@ def write_series(
     """
     out = Path(out_dir)
     _check_out(out)
-    volume = np.asarray(volume, dtype=np.float32)
     if not len(templates):
         raise InputError("DICOM output needs a DICOM source; the measurement carries no template")
     if volume.ndim != 3 or len(volume) != len(templates) or 0 in volume.shape:
@@ -546,42 +558,56 @@ def write_series(
             f"the volume must have shape ({len(templates)}, rows, columns) for {len(templates)} "
             f"templates, got {volume.shape}"
         )
-    if not np.isfinite(volume).all():
-        bad = int((~np.isfinite(volume)).sum())
+    bad = sum(int((~np.isfinite(image)).sum()) for image in volume)
+    if bad:
         raise NumericalError(f"{bad} voxels are NaN or infinite, so no series is written")
     modality = "CT" if unit == "HU" else "MR"
-    stored, slope, saturated = _quantise(volume, modality, kind)
+    steps = _Steps.of(max(float(image.max()) for image in volume), modality, kind)
+    saturated, digest = 0, hashlib.sha256()
+    counts = np.zeros(steps.high - steps.low + 1, np.int64)
+    for image in volume:
+        pixels, clipped = steps.stored(image)
+        saturated += clipped
+        digest.update(pixels.data)
+        counts += np.bincount(pixels.ravel().astype(np.int64) - steps.low, minlength=len(counts))
     with quiet_pydicom():
-        sources = [open_template(template) for template in templates]
-        if not {str(s.SOPClassUID) for s in sources} <= _SOURCE_CLASSES[modality]:
+        uids, kinds = [], set()
+        for template in templates:  # opened one at a time, as a long series has many
+            source = open_template(template)
+            uids.append(source.SOPInstanceUID)
+            kinds.add(str(source.SOPClassUID))
+            synthetic = synthetic or source.get("SyntheticData") == "YES"
+        if not kinds <= _SOURCE_CLASSES[modality]:
             raise InputError(
                 f"a volume in {unit} needs templates of {modality} images, got another kind; "
                 "unit is HU for CT and signal for MR"
             )
-        now = time_in_zone(created, sources[0])
-        synthetic = synthetic or any(s.get("SyntheticData") == "YES" for s in sources)
+        now = time_in_zone(created, open_template(templates[0]))
         series_uid = deterministic_uid(
             "series",
-            *[s.SOPInstanceUID for s in sources],
+            *uids,
             json.dumps(asdict(derivation), sort_keys=True, default=str),
-            description, kind, slope, uid_seed,
-            hashlib.sha256(stored.tobytes()).hexdigest(),
+            description, kind, steps.slope, uid_seed,
+            digest.hexdigest(),
         )  # fmt: skip
         common = _series_attributes(
             modality, kind, description, derivation, series_number, synthetic, now
         )
-        common |= _window(stored, slope, modality, kind)
-        common |= _value_mapping(modality, slope, kind)
+        common |= _window(counts, steps, modality, kind)
+        common |= _value_mapping(modality, steps.slope, kind)
         common["SeriesInstanceUID"] = series_uid
         files = (
             _encode(
-                _derived(source, common, index, derivation, synthetic, modality, now, image.shape),
-                image,
+                _derived(
+                    open_template(template), common, index, derivation, synthetic, modality, now,
+                    image.shape,
+                ),
+                steps.stored(image)[0],
             )
-            for index, (source, image) in enumerate(zip(sources, stored, strict=True), start=1)
-        )
+            for index, (template, image) in enumerate(zip(templates, volume, strict=True), start=1)
+        )  # fmt: skip
         paths = write_folder(out, _numbered(files))
-    return WrittenSeries(paths, series_uid, saturated, slope)
+    return WrittenSeries(paths, series_uid, saturated, steps.slope)
 
 
 def _series_attributes(

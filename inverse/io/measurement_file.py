@@ -341,7 +341,6 @@ def _assemble(source: Path, header: Any, arrays: dict[str, NDArray[Any]]) -> Mea
         dict(header["provenance"]),
         _counts(header, tensors.get("counts")),
     )
-    torch.broadcast_to(measurement.noise, data.shape)
     n = measurement.slices
     truth, shape = tensors.get("truth"), (len(measurement), *operator.in_shape)
     if truth is not None and tuple(truth.shape) != shape:

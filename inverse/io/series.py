@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from inverse.errors import NoInputError
 from inverse.io import dicom
@@ -24,6 +23,7 @@ from inverse.io.nifti import (
     read_nifti,
     write_nifti,
 )
+from inverse.volumes import Allocate, Volume
 
 __all__ = [
     "Derivation",
@@ -73,6 +73,7 @@ def read_series(
     *,
     modality: Literal["CT", "MR"] | None = None,
     max_bytes: int = 1 << 32,
+    allocate: Allocate = np.empty,
 ) -> Series:
     """Read exactly one stack in physical units; see `inverse.io.dicom.read_series`.
 
@@ -82,18 +83,19 @@ def read_series(
         stack: number of the stack as `inspect` shows it.
         modality: what a NIfTI image is, where no sidecar tells.
         max_bytes: limit on the decoded volume (4 bytes a voxel) and on archives.
+        allocate: where the images of DICOM go; in memory by default, as those of NIfTI always.
 
     Raises:
         ReconError: as the readers of the formats do.
     """
     if _holds_nifti(Path(path), max_bytes):
         return read_nifti(path, modality, stack, max_bytes=max_bytes)
-    return dicom.read_series(path, series, stack, max_bytes=max_bytes)
+    return dicom.read_series(path, series, stack, max_bytes=max_bytes, allocate=allocate)
 
 
 def write_series(
     out_dir: str | os.PathLike[str],
-    volume: NDArray[np.float32],
+    volume: Volume,
     templates: Sequence[bytes],
     *,
     description: str,
@@ -107,7 +109,7 @@ def write_series(
 
     Args:
         out_dir: new or empty folder.
-        volume: ``(Z, Y, X)``, HU or signal.
+        volume: ``(Z, Y, X)``, HU or signal, in memory or on disk.
         templates: a header a slice, from `Series.templates`.
         description: what the series is.
         derivation: provenance.
@@ -122,7 +124,7 @@ def write_series(
     if templates and all(is_nifti_template(t) for t in templates):
         return write_nifti(
             out_dir,
-            volume,
+            np.asarray(volume, np.float32),
             templates,
             description=description,
             derivation=derivation,

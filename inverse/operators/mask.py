@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from inverse.errors import GeometryError
+from inverse.errors import GeometryError, InputError
 from inverse.operators.linop import LinearOperator, Solve, _per_sample
 
 __all__ = ["Mask", "central_hole", "missing_slices", "random_pixels"]
@@ -18,17 +20,27 @@ class Mask(LinearOperator):
     r"""Known pixels of an image: :math:`(Ax)_i = m_i x_i` with :math:`m_i \in \{0, 1\}`.
 
     Args:
-        mask: boolean image or volume, true where it is known; shared by the whole batch.
+        mask: image or volume, true (or 1) where it is known, else false (or 0); an array is
+            taken, too.  Shared by the whole batch.
         dtype: dtype of the images.
 
     Raises:
         GeometryError: if no pixel is known.
+        InputError: values other than 0 and 1.
     """
 
     mask: Tensor
 
-    def __init__(self, mask: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, mask: Tensor | NDArray[np.generic], dtype: torch.dtype = torch.float32
+    ) -> None:
+        mask = torch.as_tensor(mask)
         super().__init__(mask.shape, mask.shape, dtype)
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise InputError(
+                "Mask takes true or 1 where a pixel is known and false or 0 where not, got other "
+                "values; compare with a threshold first"
+            )
         if not bool(mask.any()):
             raise GeometryError("Mask: at least one pixel must be known, got an empty mask")
         self.register_buffer("mask", mask.to(torch.bool))

@@ -199,6 +199,11 @@ class Sense(_Sampled):
         self.register_buffer("_sampling", sampling.to(_single(sampling)), persistent=False)
         self._axes = tuple(range(-n, 0))
 
+    @property
+    def support(self) -> Tensor:
+        """Pixels that a coil sees, boolean ``(*shape)`` or ``(slices, *shape)``."""
+        return self.maps.abs().sum(dim=-1 - self.mask.ndim) > 0
+
     def _forward(self, x: Tensor) -> Tensor:
         n = self.mask.ndim
         batch = torch.broadcast_shapes(x.shape[:-n], self.maps.shape[: -n - 1])

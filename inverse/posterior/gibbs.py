@@ -17,12 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from inverse.errors import NumericalError, ReconError
+from inverse.errors import InputError, NumericalError
 from inverse.measurement import Measurement
 from inverse.operators.linop import cg
 from inverse.posterior.problem import Problem
 from inverse.priors.denoiser import Denoiser, expand
-from inverse.sampling import Noise, time_grid
+from inverse.sampling import Count, Noise, NotNegative, Positive, time_grid
 from inverse.sampling.sample import DIVERGED
 
 __all__ = [
@@ -174,10 +174,10 @@ def geometric(high: float, low: float, count: int) -> list[float]:
     """``count`` levels from ``high`` to ``low``, evenly spaced in their logarithm.
 
     Raises:
-        ReconError: fewer than one level, or levels out of order.
+        InputError: fewer than one level, or levels out of order.
     """
     if count < 1 or not 0 < low <= high:
-        raise ReconError(
+        raise InputError(
             f"noise levels must be at least one and fall, got {count} from {high:g} to {low:g}; "
             "the last may not lie below the smallest level of the prior's SDE"
         )
@@ -187,12 +187,12 @@ def geometric(high: float, low: float, count: int) -> list[float]:
 def pnpdm(
     problem: Problem,
     *,
-    steps: int = 100,
-    calls: int = 8,
-    rho_start: float = 3.0,
-    rho_end: float = 0.03,
+    steps: Count = 100,
+    calls: Count = 8,
+    rho_start: Positive = 3.0,
+    rho_end: Positive = 0.03,
     balanced: bool = True,
-    cg_iterations: int = 50,
+    cg_iterations: Count = 50,
 ) -> Tensor:
     r"""PnP-DM: Gibbs sampling between exact likelihood and diffusion prior, ``rho`` annealed.
 
@@ -242,12 +242,12 @@ def pnpdm(
 def daps(
     problem: Problem,
     *,
-    steps: int = 200,
-    ode_steps: int = 1,
+    steps: Count = 200,
+    ode_steps: Count = 1,
     variance: Literal["error", "level"] = "error",
-    start_level: float | None = None,
-    end_level: float = 0.02,
-    cg_iterations: int = 50,
+    start_level: Positive | None = None,
+    end_level: Positive = 0.02,
+    cg_iterations: Count = 50,
 ) -> Tensor:
     r"""DAPS: decoupled annealing; the estimate is sampled afresh at every noise level.
 
@@ -276,11 +276,6 @@ def daps(
         end_level: last level.
         cg_iterations: most conjugate-gradient steps of a draw.
     """
-    if variance not in ("error", "level") or ode_steps < 1:
-        raise ReconError(
-            f"daps takes variance 'error' or 'level' and at least 1 ODE step, got {variance!r} "
-            f"and {ode_steps}"
-        )
     prior, sde = problem.prior, problem.prior.sde
     likelihood = LikelihoodStep(problem.measurement, problem.noise, iterations=cg_iterations)
     times = time_grid(sde, steps, start=start_level, end=end_level, spacing="karras")
@@ -307,11 +302,11 @@ def _flow(prior: Denoiser, x: Tensor, level: float, count: int) -> Tensor:
 def red_diff(
     problem: Problem,
     *,
-    steps: int = 1000,
-    lr: float = 0.1,
-    weight: float = 1.0,
-    start_level: float | None = None,
-    end_level: float = 0.02,
+    steps: Count = 1000,
+    lr: Positive = 0.1,
+    weight: NotNegative = 1.0,
+    start_level: Positive | None = None,
+    end_level: Positive = 0.02,
 ) -> Tensor:
     r"""RED-diff: a point mass fitted to the posterior by stochastic regularisation by denoising.
 
@@ -370,7 +365,7 @@ def report(problem: Problem, x: Tensor, i: int, steps: int, *, scale: float, adv
     if not bool((x.abs() <= DIVERGED * (1 + scale)).all()):
         raise NumericalError(
             f"sampling diverged at step {i + 1} of {steps}; {advice}, and check the noise level "
-            "of the data"
+            "of the data and the adjoint of the operator (adjoint_error)"
         )
     if problem.callback is not None:
         problem.callback(i + 1, steps)

@@ -28,7 +28,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from inverse.errors import ReconError, UnsupportedError
+from inverse.errors import InputError, UnsupportedError
 from inverse.measurement import Measurement
 from inverse.operators.linop import cg
 from inverse.priors.denoiser import Denoiser, expand
@@ -183,7 +183,7 @@ class DPS(_Guided):
         super().__init__(prior, measurement)
         if zeta is not None:
             if not zeta > 0:
-                raise ReconError(f"DPS needs zeta > 0, got {zeta}; leave it out for Bayes' weight")
+                raise InputError(f"DPS needs zeta > 0, got {zeta}; leave it out for Bayes' weight")
             self.operator, self.data = measurement.operator, measurement.data
             self.norm = self.operator.norm()
         self.times, self.zeta = times, zeta
@@ -344,7 +344,7 @@ def ddnm_plus(measurement: Measurement, eta: float) -> Step:
             f"{measurement.operator!r}; choose HalfQuadratic, 'dds' or 'mmps'"
         )
     if not 0.0 <= eta <= 1.0:
-        raise ReconError(f"eta, the share of fresh noise, must lie in [0, 1], got {eta}")
+        raise InputError(f"eta, the share of fresh noise, must lie in [0, 1], got {eta}")
     operator, y, noise = measurement.operator, measurement.data, measurement.noise
     kept = (1 - eta**2) ** 0.5
 

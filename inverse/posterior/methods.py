@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from inverse.errors import ReconError
 from inverse.posterior.gibbs import daps, pnpdm, red_diff
 from inverse.posterior.guidance import (
     DPS,
@@ -29,7 +28,12 @@ from inverse.posterior.problem import Problem
 from inverse.posterior.projection import ald, mcg, score_mri, song_projection
 from inverse.posterior.smc import tds
 from inverse.sampling import (
+    Count,
+    Mixing,
     Named,
+    NotNegative,
+    Positive,
+    Share,
     ancestral,
     ddim,
     langevin,
@@ -46,12 +50,12 @@ __all__ = ["METHODS", "PRESETS", "Method"]
 def dds(
     problem: Problem,
     *,
-    steps: int = 40,
-    eta: float = 1.0,
-    start_level: float = 0.5,
-    end_level: float = 0.03,
-    weight: float = 6.0,
-    cg_iterations: int = 15,
+    steps: Count = 40,
+    eta: Share = 1.0,
+    start_level: Positive = 0.5,
+    end_level: Positive = 0.03,
+    weight: Positive = 6.0,
+    cg_iterations: Count = 15,
 ) -> Tensor:
     """Decomposed diffusion sampling from a Tikhonov start; see :class:`Proximal`.
 
@@ -83,10 +87,10 @@ def dds(
 def song(
     problem: Problem,
     *,
-    steps: int = 1000,
-    lam: float = 0.841,
-    snr: float = 0.246,
-    cg_iterations: int = 10,
+    steps: Count = 1000,
+    lam: Mixing = 0.841,
+    snr: NotNegative = 0.246,
+    cg_iterations: Count = 10,
 ) -> Tensor:
     """Song et al. 2022: predictor-corrector with projection before each half-step.
 
@@ -134,7 +138,7 @@ def _ddpm_times(sde: SDE, steps: int, power: int) -> Tensor:
     return sde.time(ddpm.noise_level((first + u * (last - first)) ** power))
 
 
-def dps(problem: Problem, *, steps: int = 1000, zeta: float | None = None) -> Tensor:
+def dps(problem: Problem, *, steps: Count = 1000, zeta: Positive | None = None) -> Tensor:
     """Diffusion posterior sampling; see :class:`DPS`.
 
     Args:
@@ -148,7 +152,7 @@ def dps(problem: Problem, *, steps: int = 1000, zeta: float | None = None) -> Te
 
 
 def pigdm(
-    problem: Problem, *, steps: int = 100, eta: float = 1.0, cg_iterations: int = 20
+    problem: Problem, *, steps: Count = 100, eta: Share = 1.0, cg_iterations: Count = 20
 ) -> Tensor:
     """Pseudo-inverse guidance with DDIM steps; see :class:`PiGDM`.
 
@@ -163,7 +167,7 @@ def pigdm(
     return sample(guided, times, ddim(eta), problem.noise, callback=problem.callback)
 
 
-def mmps(problem: Problem, *, steps: int = 100, cg_iterations: int = 5) -> Tensor:
+def mmps(problem: Problem, *, steps: Count = 100, cg_iterations: Count = 5) -> Tensor:
     """Moment-matching posterior sampling with second-order SDE steps; see :class:`MMPS`.
 
     Five iterations leave samples 0.14 posterior standard deviations from those of exact solves
@@ -180,7 +184,7 @@ def mmps(problem: Problem, *, steps: int = 100, cg_iterations: int = 5) -> Tenso
 
 
 def ddnm(
-    problem: Problem, *, steps: int = 100, eta: float = 0.85, cg_iterations: int = 20
+    problem: Problem, *, steps: Count = 100, eta: Share = 0.85, cg_iterations: Count = 20
 ) -> Tensor:
     """DDNM+: :func:`ddnm_plus` where it exists, else a regularised pseudo-inverse.
 
@@ -201,10 +205,10 @@ def ddnm(
 def diffpir(
     problem: Problem,
     *,
-    steps: int = 100,
-    lam: float = 1.0,
-    zeta: float = 1.0,
-    cg_iterations: int = 20,
+    steps: Count = 100,
+    lam: Positive = 1.0,
+    zeta: Share = 1.0,
+    cg_iterations: Count = 20,
 ) -> Tensor:
     """DiffPIR; see :class:`HalfQuadratic`.  The authors' constants are those of inpainting.
 
@@ -215,8 +219,6 @@ def diffpir(
         zeta: share of fresh noise in variance; 0.3 for deblurring.
         cg_iterations: conjugate-gradient steps a call, where there is no closed form.
     """
-    if lam <= 0:
-        raise ReconError(f"DiffPIR needs lambda > 0, got {lam}")
     guided = HalfQuadratic(
         problem.prior, problem.measurement, weight=lam**-0.5, iterations=cg_iterations
     )
@@ -261,9 +263,9 @@ class Method(Named):
         """Defaults, overridden by the authors' constants for ``modality``, then by ``given``.
 
         Raises:
-            ReconError: for an option that the method does not have.
+            InputError: an option that the method does not have, or a value out of its bounds.
         """
-        return super().resolve({**PRESETS.get((self.run.__name__, modality), {}), **given})
+        return super().resolve({**PRESETS.get((self.name, modality), {}), **given})
 
 
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
@@ -273,184 +275,203 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
 """Authors' constants, by method and modality: chest CT of 23 views, brain MR of 30 lines."""
 
 METHODS: dict[str, Method] = {
-    "pnp_admm": Method(
-        run=pnp_admm,
-        title="Plug-and-play ADMM on noised estimates",
-        calls_per_step=1,
-        operator_calls="2 * cg_iterations + 2",
-        jacobian=False,
-        exactness="biased",
-        spread="none",
-        noise="Gaussian, known variance a datum",
-        when="the default: the best image in 8 to 20 network calls; its spread is too small",
-        reference="Chan et al., TCI 2017; Renaud et al., ICML 2024",
-    ),
-    "dds": Method(
-        run=dds,
-        title="Decomposed diffusion sampling",
-        calls_per_step=1,
-        operator_calls="2 * cg_iterations + 2",
-        jacobian=False,
-        exactness="biased",
-        spread="too small",
-        noise="Gaussian, known variance a datum",
-        when="the literature's fast point estimate, in 20 to 50 network calls",
-        reference="Chung, Lee, Ye, ICLR 2024",
-    ),
-    "mmps": Method(
-        run=mmps,
-        title="Moment-matching posterior sampling",
-        calls_per_step=1,
-        operator_calls="2 * cg_iterations + 4",
-        jacobian=True,
-        exactness="exact for Gaussian priors",
-        spread="posterior",
-        noise="Gaussian, known variance a datum",
-        when="samples whose spread is to be trusted, where the network's gradient is affordable",
-        reference="Rozet et al., NeurIPS 2024",
-    ),
-    "pigdm": Method(
-        run=pigdm,
-        title="Pseudo-inverse guidance (ΠGDM)",
-        calls_per_step=1,
-        operator_calls="2 * cg_iterations + 3",
-        jacobian=True,
-        exactness="biased",
-        spread="posterior",
-        noise="Gaussian, known variance a datum",
-        when="nearly calibrated samples at one gradient a step",
-        reference="Song, Vahdat, Mardani, Kautz, ICLR 2023",
-    ),
-    "dps": Method(
-        run=dps,
-        title="Diffusion posterior sampling",
-        calls_per_step=1,
-        operator_calls="3",
-        jacobian=True,
-        exactness="biased",
-        spread="too small",
-        noise="Gaussian, known variance a datum; none with the authors' zeta",
-        when="to compare with the literature; overconfident, a thousand calls",
-        reference="Chung et al., ICLR 2023",
-    ),
-    "ddnm": Method(
-        run=ddnm,
-        title="Denoising diffusion null-space model (DDNM+)",
-        calls_per_step=1,
-        operator_calls="2 * cg_iterations + 2",
-        jacobian=False,
-        exactness="biased",
-        spread="too small",
-        noise="Gaussian, known variance a datum",
-        when="masks and single-coil Cartesian MRI, where its step has a closed form",
-        reference="Wang, Yu, Zhang, ICLR 2023",
-    ),
-    "diffpir": Method(
-        run=diffpir,
-        title="Plug-and-play restoration (DiffPIR)",
-        calls_per_step=1,
-        operator_calls="2 * cg_iterations + 2",
-        jacobian=False,
-        exactness="biased",
-        spread="too small",
-        noise="Gaussian, known variance a datum",
-        when="a fast point estimate without a gradient; its spread is too small",
-        reference="Zhu et al., CVPRW 2023",
-    ),
-    "song": Method(
-        run=song,
-        title="Predictor-corrector with projection",
-        calls_per_step=2,
-        operator_calls="2 * (2 * cg_iterations + 4)",
-        jacobian=False,
-        exactness="biased",
-        spread="too small",
-        noise="none: the data are taken as noise-free",
-        when="to reproduce the 2022 paper; nearly noise-free data; thousands of network calls",
-        reference="Song, Shen, Xing, Ermon, ICLR 2022",
-    ),
-    "pnpdm": Method(
-        run=pnpdm,
-        title="Split Gibbs sampling (PnP-DM)",
-        calls_per_step="calls",
-        operator_calls="2 * cg_iterations + 2",
-        jacobian=False,
-        exactness="asymptotically exact",
-        spread="posterior",
-        noise="Gaussian, known variance a datum",
-        when="samples whose spread is to be trusted, without the network's gradient",
-        reference="Wu et al., NeurIPS 2024",
-    ),
-    "daps": Method(
-        run=daps,
-        title="Decoupled annealing (DAPS)",
-        calls_per_step="ode_steps",
-        operator_calls="2 * cg_iterations + 2",
-        jacobian=False,
-        exactness="biased",
-        spread="posterior",
-        noise="Gaussian, known variance a datum",
-        when="samples at one call a step without a gradient; multimodal problems",
-        reference="Zhang et al., CVPR 2025",
-    ),
-    "smc": Method(
-        run=tds,
-        title="Twisted particle filter (TDS)",
-        calls_per_step="particles",
-        operator_calls="2 * cg_iterations + 2",
-        jacobian=True,
-        exactness="asymptotically exact",
-        spread="posterior",
-        noise="Gaussian, known variance a datum",
-        when="the slow reference for small images, against which others are judged",
-        reference="Wu et al., NeurIPS 2023",
-    ),
-    "red_diff": Method(
-        run=red_diff,
-        title="Regularisation by denoising (RED-diff)",
-        calls_per_step=1,
-        operator_calls="2",
-        jacobian=False,
-        exactness="biased",
-        spread="none",
-        noise="Gaussian, known variance a datum",
-        when="one likely image, a mode; its spread means nothing",
-        reference="Mardani et al., ICLR 2024",
-    ),
-    "ald": Method(
-        run=ald,
-        title="Annealed Langevin dynamics",
-        calls_per_step="inner",
-        operator_calls="2 * inner",
-        jacobian=False,
-        exactness="asymptotically exact",
-        spread="posterior",
-        noise="Gaussian, known variance a datum",
-        when="to compare with the MRI literature; a thousand calls and more",
-        reference="Jalal et al., NeurIPS 2021",
-    ),
-    "score_mri": Method(
-        run=score_mri,
-        title="Score-MRI: predictor-corrector with POCS",
-        calls_per_step=2,
-        operator_calls="2 * (2 * cg_iterations + 2)",
-        jacobian=False,
-        exactness="biased",
-        spread="too small",
-        noise="none: the data are taken as noise-free",
-        when="to compare with the MRI literature; nearly noise-free data",
-        reference="Chung and Ye, MedIA 2022",
-    ),
-    "mcg": Method(
-        run=mcg,
-        title="Manifold constrained gradient",
-        calls_per_step=2,
-        operator_calls="6 * cg_iterations + 6",
-        jacobian=True,
-        exactness="biased",
-        spread="too small",
-        noise="Gaussian, known variance a datum",
-        when="to compare with the CT literature",
-        reference="Chung, Sim, Ryu, Ye, NeurIPS 2022",
-    ),
+    row.name: row
+    for row in (
+        Method(
+            name="pnp_admm",
+            run=pnp_admm,
+            title="Plug-and-play ADMM on noised estimates",
+            calls_per_step=1,
+            operator_calls="2 * cg_iterations + 2",
+            jacobian=False,
+            exactness="biased",
+            spread="none",
+            noise="Gaussian, known variance a datum",
+            when="the default: the best image in 8 to 20 network calls; its spread is too small",
+            reference="Chan et al., TCI 2017; Renaud et al., ICML 2024",
+        ),
+        Method(
+            name="dds",
+            run=dds,
+            title="Decomposed diffusion sampling",
+            calls_per_step=1,
+            operator_calls="2 * cg_iterations + 2",
+            jacobian=False,
+            exactness="biased",
+            spread="too small",
+            noise="Gaussian, known variance a datum",
+            when="the literature's fast point estimate, in 20 to 50 network calls",
+            reference="Chung, Lee, Ye, ICLR 2024",
+        ),
+        Method(
+            name="mmps",
+            run=mmps,
+            title="Moment-matching posterior sampling",
+            calls_per_step=1,
+            operator_calls="2 * cg_iterations + 4",
+            jacobian=True,
+            exactness="exact for Gaussian priors",
+            spread="posterior",
+            noise="Gaussian, known variance a datum",
+            when="samples whose spread is right for exact priors, where the network's gradient is "
+            "affordable",
+            reference="Rozet et al., NeurIPS 2024",
+        ),
+        Method(
+            name="pigdm",
+            run=pigdm,
+            title="Pseudo-inverse guidance (ΠGDM)",
+            calls_per_step=1,
+            operator_calls="2 * cg_iterations + 3",
+            jacobian=True,
+            exactness="biased",
+            spread="posterior",
+            noise="Gaussian, known variance a datum",
+            when="nearly calibrated samples at one gradient a step",
+            reference="Song, Vahdat, Mardani, Kautz, ICLR 2023",
+        ),
+        Method(
+            name="dps",
+            run=dps,
+            title="Diffusion posterior sampling",
+            calls_per_step=1,
+            operator_calls="3",
+            jacobian=True,
+            exactness="biased",
+            spread="too small",
+            noise="Gaussian, known variance a datum; none with the authors' zeta",
+            when="to compare with the literature; overconfident, a thousand network calls",
+            reference="Chung et al., ICLR 2023",
+        ),
+        Method(
+            name="ddnm",
+            run=ddnm,
+            title="Denoising diffusion null-space model (DDNM+)",
+            calls_per_step=1,
+            operator_calls="2 * cg_iterations + 2",
+            jacobian=False,
+            exactness="biased",
+            spread="too small",
+            noise="Gaussian, known variance a datum",
+            when="masks and single-coil Cartesian MRI, where its step has a closed form",
+            reference="Wang, Yu, Zhang, ICLR 2023",
+        ),
+        Method(
+            name="diffpir",
+            run=diffpir,
+            title="Plug-and-play restoration (DiffPIR)",
+            calls_per_step=1,
+            operator_calls="2 * cg_iterations + 2",
+            jacobian=False,
+            exactness="biased",
+            spread="too small",
+            noise="Gaussian, known variance a datum",
+            when="a fast point estimate without a gradient; its spread is too small",
+            reference="Zhu et al., CVPRW 2023",
+        ),
+        Method(
+            name="song",
+            run=song,
+            title="Predictor-corrector with projection",
+            calls_per_step=2,
+            operator_calls="2 * (2 * cg_iterations + 4)",
+            jacobian=False,
+            exactness="biased",
+            spread="too small",
+            noise="none: the data are taken as noise-free",
+            when="to reproduce the 2022 paper; nearly noise-free data; thousands of network calls",
+            reference="Song, Shen, Xing, Ermon, ICLR 2022",
+        ),
+        Method(
+            name="pnpdm",
+            run=pnpdm,
+            title="Split Gibbs sampling (PnP-DM)",
+            calls_per_step="calls",
+            operator_calls="2 * cg_iterations + 2",
+            jacobian=False,
+            exactness="asymptotically exact",
+            spread="posterior",
+            noise="Gaussian, known variance a datum",
+            when="samples whose spread is right for exact priors, without the network's gradient",
+            reference="Wu et al., NeurIPS 2024",
+        ),
+        Method(
+            name="daps",
+            run=daps,
+            title="Decoupled annealing (DAPS)",
+            calls_per_step="ode_steps",
+            operator_calls="2 * cg_iterations + 2",
+            jacobian=False,
+            exactness="biased",
+            spread="posterior",
+            noise="Gaussian, known variance a datum",
+            when="samples at one call a step without a gradient; weights of modes err",
+            reference="Zhang et al., CVPR 2025",
+        ),
+        Method(
+            name="smc",
+            run=tds,
+            title="Twisted particle filter (TDS)",
+            calls_per_step="particles",
+            operator_calls="2 * cg_iterations + 2",
+            jacobian=True,
+            exactness="asymptotically exact",
+            spread="posterior",
+            noise="Gaussian, known variance a datum",
+            when="the slow reference for small images, against which others are judged",
+            reference="Wu et al., NeurIPS 2023",
+        ),
+        Method(
+            name="red_diff",
+            run=red_diff,
+            title="Regularisation by denoising (RED-diff)",
+            calls_per_step=1,
+            operator_calls="2",
+            jacobian=False,
+            exactness="biased",
+            spread="none",
+            noise="Gaussian, known variance a datum",
+            when="one likely image, a mode; its spread means nothing",
+            reference="Mardani et al., ICLR 2024",
+        ),
+        Method(
+            name="ald",
+            run=ald,
+            title="Annealed Langevin dynamics",
+            calls_per_step="inner",
+            operator_calls="2 * inner",
+            jacobian=False,
+            exactness="asymptotically exact",
+            spread="posterior",
+            noise="Gaussian, known variance a datum",
+            when="to compare with the MRI literature; a thousand network calls and more",
+            reference="Jalal et al., NeurIPS 2021",
+        ),
+        Method(
+            name="score_mri",
+            run=score_mri,
+            title="Score-MRI: predictor-corrector with POCS",
+            calls_per_step=2,
+            operator_calls="2 * (2 * cg_iterations + 2)",
+            jacobian=False,
+            exactness="biased",
+            spread="too small",
+            noise="none: the data are taken as noise-free",
+            when="to compare with the MRI literature; nearly noise-free data",
+            reference="Chung and Ye, MedIA 2022",
+        ),
+        Method(
+            name="mcg",
+            run=mcg,
+            title="Manifold constrained gradient",
+            calls_per_step=2,
+            operator_calls="6 * cg_iterations + 6",
+            jacobian=True,
+            exactness="biased",
+            spread="too small",
+            noise="Gaussian, known variance a datum",
+            when="to compare with the CT literature",
+            reference="Chung, Sim, Ryu, Ye, NeurIPS 2022",
+        ),
+    )
 }

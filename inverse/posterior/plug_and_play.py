@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from inverse.classical import tv
-from inverse.errors import NumericalError, ReconError
+from inverse.errors import NumericalError
 from inverse.measurement import Measurement
 from inverse.posterior.problem import Problem
-from inverse.sampling import time_grid
+from inverse.sampling import Count, Interval, Positive, Share, time_grid
 
 __all__ = ["pnp_admm", "warm_start"]
 
@@ -19,13 +21,13 @@ _START_ITERATIONS = 25
 def pnp_admm(
     problem: Problem,
     *,
-    steps: int = 20,
-    start_level: float = 0.5,
-    end_level: float = 0.08,
-    weight: float = 6.0,
-    damping: float = 0.75,
-    relaxation: float = 1.2,
-    cg_iterations: int = 15,
+    steps: Count = 20,
+    start_level: Positive = 0.5,
+    end_level: Positive = 0.08,
+    weight: Positive = 6.0,
+    damping: Share = 0.75,
+    relaxation: Annotated[float, Interval(0, 2, "()")] = 1.2,
+    cg_iterations: Count = 15,
 ) -> Tensor:
     r"""Plug-and-play ADMM with a denoiser on antithetically noised estimates.
 
@@ -54,20 +56,17 @@ def pnp_admm(
         end_level: noise level of the last.
         weight: trust in the data.
         damping: share of the dual variable that is kept, 0 to 1.
-        relaxation: ADMM's over-relaxation :math:`\rho` of the denoised image, 1 to 1.8; above 1
+        relaxation: ADMM's over-relaxation :math:`\rho` of the denoised image, below 2; above 1
             gains at few calls and loses a little at many.
         cg_iterations: conjugate-gradient steps a call.
 
     Raises:
-        ReconError: a damping outside [0, 1].
         NumericalError: if an iterate is not finite.
 
     Source: Chan, Wang, Elgendy, Plug-and-play ADMM (IEEE TCI 2017); noised denoiser: Renaud et
     al., SNORE (ICML 2024); prior variance a level: Chung et al., DDS (ICLR 2024).
     Here: docs/theory.md, equation (28).
     """
-    if not 0.0 <= damping <= 1.0:
-        raise ReconError(f"the damping of the dual variable must lie in [0, 1], got {damping}")
     prior = problem.prior
     white = problem.measurement.whitened()
     operator = white.operator
@@ -89,7 +88,8 @@ def pnp_admm(
         if not bool(torch.isfinite(x).all()):
             raise NumericalError(
                 f"plug-and-play ADMM left the finite numbers at step {i + 1} of {steps}; check "
-                "the noise level and units of the data, or lower weight"
+                "the noise level and units of the data and the adjoint of the operator "
+                "(adjoint_error), or lower weight"
             )
         if problem.callback is not None:
             problem.callback(i + 1, steps)

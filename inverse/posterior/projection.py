@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 from torch import Tensor
 
-from inverse.errors import ReconError
+from inverse.errors import InputError
 from inverse.measurement import Measurement
 from inverse.posterior.gibbs import denoise_level, geometric, report
 from inverse.posterior.problem import Problem
 from inverse.priors.denoiser import expand
-from inverse.sampling import Noise, langevin, reverse_diffusion, sample, time_grid
+from inverse.sampling import (
+    Count,
+    Interval,
+    Mixing,
+    Noise,
+    NotNegative,
+    Positive,
+    langevin,
+    reverse_diffusion,
+    sample,
+    time_grid,
+)
 from inverse.sde import SDE
 
 __all__ = ["ald", "mcg", "pocs", "score_mri", "song_projection"]
@@ -51,7 +63,7 @@ def song_projection(
     Here: docs/theory.md, equation (25).
     """
     if not 0.0 < lam <= 1.0:
-        raise ReconError(f"Song's mixing weight lambda must lie in (0, 1], got {lam}")
+        raise InputError(f"Song's mixing weight lambda must lie in (0, 1], got {lam}")
     operator = measurement.operator
     rho = (1 - lam) / lam * operator.norm() ** 2
     backprojection = operator.adjoint(measurement.data)
@@ -97,7 +109,7 @@ def pocs(
         ``project(x, t)``.
     """
     if not 0.0 < lam <= 1.0:
-        raise ReconError(f"the mixing weight lambda must lie in (0, 1], got {lam}")
+        raise InputError(f"the mixing weight lambda must lie in (0, 1], got {lam}")
     operator = measurement.operator
     rho = 0.0 if lam == 1.0 else (1 - lam) / lam * operator.norm() ** 2
     backprojection = operator.adjoint(measurement.data)
@@ -112,10 +124,10 @@ def pocs(
 def score_mri(
     problem: Problem,
     *,
-    steps: int = 1000,
-    snr: float = 0.16,
-    lam: float = 1.0,
-    cg_iterations: int = 10,
+    steps: Count = 1000,
+    snr: NotNegative = 0.16,
+    lam: Mixing = 1.0,
+    cg_iterations: Count = 10,
 ) -> Tensor:
     """Score-MRI: predictor-corrector, projected onto the data after each half-step.
 
@@ -153,11 +165,11 @@ def score_mri(
 def ald(
     problem: Problem,
     *,
-    steps: int = 400,
-    inner: int = 3,
-    step: float = 0.3,
-    start_level: float | None = None,
-    end_level: float = 0.01,
+    steps: Count = 400,
+    inner: Count = 3,
+    step: Annotated[float, Interval(0, 2, "()")] = 0.3,
+    start_level: Positive | None = None,
+    end_level: Positive = 0.01,
 ) -> Tensor:
     r"""Annealed Langevin dynamics with the gradient of the likelihood.
 
@@ -181,17 +193,12 @@ def ald(
         problem: the batch.
         steps: noise levels, ``inner`` network calls each, and one call at the end.
         inner: Langevin steps a level.
-        step: :math:`\epsilon`, in (0, 1).
+        step: :math:`\epsilon`; Langevin is stable below 2.
         start_level: first noise level, default the largest of the prior's SDE.
         end_level: last noise level.
 
-    Raises:
-        ReconError: a ``step`` that is not stable.
-
     Here: docs/theory.md, equation (32).
     """
-    if not 0.0 < step < 2.0:
-        raise ReconError(f"ald's step must lie in (0, 2) for Langevin to be stable, got {step}")
     sde, measurement = problem.prior.sde, problem.measurement
     operator, norm = measurement.operator, measurement.operator.norm()
     high = float(sde.noise_level(1.0)) if start_level is None else start_level
@@ -211,10 +218,10 @@ def ald(
 def mcg(
     problem: Problem,
     *,
-    steps: int = 1000,
-    snr: float = 0.16,
-    zeta: float = 1.0,
-    cg_iterations: int = 10,
+    steps: Count = 1000,
+    snr: NotNegative = 0.16,
+    zeta: NotNegative = 1.0,
+    cg_iterations: Count = 10,
 ) -> Tensor:
     r"""Manifold constrained gradient: predictor-corrector, gradient of the residual, data step.
 
@@ -257,6 +264,7 @@ def mcg(
     scale, advice = float(sde.sigma(times[0])), "lower zeta or use more steps"
     x = scale * problem.noise()
     for i, (t, s) in enumerate(zip(times, times[1:], strict=False)):
+        following = times[min(i + 2, steps - 1)]
         x0 = prior.denoise(x, t)
         x = reverse_diffusion(sde, x, x0, t, s, problem.noise())
         level, alpha = float(sde.noise_level(s)), expand(sde.alpha(s), x)
@@ -266,7 +274,7 @@ def mcg(
         product = pull_back(solve(operator.adjoint(white.data - operator(x0)), r))
         unmeasured = product - solve(operator.adjoint(operator(product)), r)
         share = 1 - (level / float(sde.noise_level(t))) ** 2
-        x = correct(sde, x, x0, s, problem.noise()) / alpha
+        x = correct(sde, x, x0, s, following, problem.noise()) / alpha
         # d/dx_t = d/d(x_t / alpha) / alpha
         x = x + zeta * share * (level / r) ** 2 * alpha * unmeasured
         x = alpha * (x + solve(operator.adjoint(white.data - operator(x)), level))

@@ -10,12 +10,11 @@ import math
 import torch
 from torch import Tensor
 
-from inverse.errors import ReconError
 from inverse.measurement import Measurement
 from inverse.posterior.gibbs import extrapolate, report
 from inverse.posterior.problem import Problem
 from inverse.priors.denoiser import Denoiser, expand
-from inverse.sampling import time_grid
+from inverse.sampling import Count, Positive, Share, time_grid
 
 __all__ = ["systematic_resample", "tds"]
 
@@ -23,13 +22,13 @@ __all__ = ["systematic_resample", "tds"]
 def tds(
     problem: Problem,
     *,
-    steps: int = 100,
-    particles: int = 16,
-    ess: float = 0.5,
-    start_level: float | None = None,
-    end_level: float = 0.02,
-    cg_iterations: int = 50,
-    group: int = 64,
+    steps: Count = 100,
+    particles: Count = 16,
+    ess: Share = 0.5,
+    start_level: Positive | None = None,
+    end_level: Positive = 0.02,
+    cg_iterations: Count = 50,
+    group: Count = 64,
 ) -> Tensor:
     r"""Twisted diffusion sampler: particles drawn to the data and weighted for it.
 
@@ -69,16 +68,8 @@ def tds(
         cg_iterations: most conjugate-gradient steps of a solve.
         group: most images a network call.
 
-    Raises:
-        ReconError: fewer than one particle, or a share outside [0, 1].
-
     Here: docs/theory.md, equation (31).
     """
-    if particles < 1 or group < 1 or not 0.0 <= ess <= 1.0:
-        raise ReconError(
-            f"tds needs at least 1 particle and image a call and ess in [0, 1], got {particles}, "
-            f"{group} and {ess}"
-        )
     prior, sde, noise = problem.prior, problem.prior.sde, problem.noise
     shape = noise.shape
     b = len(problem.measurement.data)

@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from inverse.errors import GeometryError, InputError, ReconError
+from inverse.errors import GeometryError, InputError
 from inverse.priors.denoiser import Denoiser
 from inverse.sampling import Noise
 
@@ -63,7 +63,7 @@ class Coupling:
         planes: ``planes``: priors of coronal and sagittal images, at the pixel size of these.
 
     Raises:
-        ReconError: an unknown kind, or a value out of range.
+        InputError: an unknown kind, or a value out of range.
     """
 
     kind: CouplingKind = "none"
@@ -76,24 +76,24 @@ class Coupling:
 
     def __post_init__(self) -> None:
         if self.kind not in COUPLINGS:
-            raise ReconError(f"no coupling '{self.kind}'; there are {', '.join(COUPLINGS)}")
+            raise InputError(f"no coupling '{self.kind}'; there are {', '.join(COUPLINGS)}")
         if not (self.length_mm > 0 and self.gradient > 0):
-            raise ReconError(
+            raise InputError(
                 "a coupling's length_mm and gradient must be positive, got "
                 f"{self.length_mm} and {self.gradient}"
             )
         if self.sweeps < 1 or self.window < 1 or self.halo < 0:
-            raise ReconError(
+            raise InputError(
                 "a coupling needs at least 1 sweep, a window of at least 1 slice and a halo of "
                 f"at least 0, got {self.sweeps}, {self.window} and {self.halo}"
             )
         if self.kind == "planes" and not self.planes:
-            raise ReconError(
+            raise InputError(
                 "coupling 'planes' needs priors of coronal or sagittal images, since a prior of "
                 "axial ones does not know these; give some, or choose 'tv' or 'noise'"
             )
         if not set(self.planes or ()) <= {"coronal", "sagittal"}:
-            raise ReconError(
+            raise InputError(
                 f"further planes are coronal and sagittal, got {', '.join(self.planes or ())}"
             )
 

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from inverse.errors import UnsupportedError
+from inverse.errors import GeometryError, UnsupportedError
 from inverse.sde import SDE, as_time
 
 __all__ = ["CountedDenoiser", "Denoiser", "expand"]
@@ -141,9 +141,19 @@ class CountedDenoiser(Denoiser):
         self.images = 0
 
     def denoise(self, x_t: Tensor, t: float | Tensor) -> Tensor:
-        """That of ``inner``."""
+        """That of ``inner``.
+
+        Raises:
+            GeometryError: it returns images of another shape than it is given.
+        """
         self.images += len(x_t)
-        return self.inner.denoise(x_t, t)
+        x0 = self.inner.denoise(x_t, t)
+        if x0.shape != x_t.shape:
+            raise GeometryError(
+                f"{type(self.inner).__name__} must return images of the shape that it is given, "
+                f"{tuple(x_t.shape)}, got {tuple(x0.shape)}"
+            )
+        return x0
 
     def error(self, noise_level: float | Tensor) -> Tensor:
         """That of ``inner``."""

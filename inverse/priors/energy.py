@@ -32,7 +32,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from inverse.errors import ReconError
+from inverse.errors import GeometryError
 from inverse.priors.denoiser import Denoiser, expand
 from inverse.priors.network import UNet, edm_denoise
 from inverse.sde import SDE
@@ -53,7 +53,7 @@ def energy_score(
             plain tensor, under ``inference_mode`` too.
 
     Raises:
-        ReconError: if the energy is not one number a batch element.
+        GeometryError: if the energy is not one number a batch element.
 
     Here: docs/theory.md, equation (7).
     """
@@ -62,7 +62,7 @@ def energy_score(
         u = x if again and x.requires_grad else x.detach().clone().requires_grad_(True)
         value = energy(u)
         if value.shape != x.shape[:1]:
-            raise ReconError(
+            raise GeometryError(
                 f"an energy is one number a batch element, shape {tuple(x.shape[:1])}, got "
                 f"{tuple(value.shape)}; sum over pixels"
             )

@@ -21,10 +21,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from inverse.errors import GeometryError
+from inverse.errors import GeometryError, InputError
 from inverse.priors.denoiser import Denoiser
 from inverse.sde import SDE, VE, as_time
 
@@ -58,10 +60,15 @@ class GaussianPrior(Denoiser):
     """``N(mean, covariance)`` over images of ``shape``, in prior units.
 
     Args:
-        mean: ``shape`` or a number.
-        covariance: ``(d, d)``, symmetric positive definite, ``d = prod(shape)``.
+        mean: ``shape`` or a number; an array is taken, too.
+        covariance: ``(d, d)``, symmetric positive definite, ``d = prod(shape)``; or an array.
         shape: image shape.
         sde: forward process.
+
+    Raises:
+        GeometryError: a covariance of another shape.
+        InputError: values that are not finite, or a covariance that is not symmetric and positive
+            definite.
     """
 
     mean: Tensor
@@ -71,34 +78,61 @@ class GaussianPrior(Denoiser):
 
     def __init__(
         self,
-        mean: Tensor | float,
-        covariance: Tensor,
+        mean: Tensor | NDArray[np.floating] | float,
+        covariance: Tensor | NDArray[np.floating],
         shape: Sequence[int],
         sde: SDE | None = None,
     ) -> None:
         super().__init__(VE() if sde is None else sde)
         self.shape = tuple(shape)
         d = math.prod(self.shape)
+        mean, covariance = (torch.as_tensor(v, dtype=torch.float64) for v in (mean, covariance))
         if tuple(covariance.shape) != (d, d):
             raise GeometryError(
                 f"GaussianPrior on {self.shape} needs a ({d}, {d}) covariance, "
                 f"got {tuple(covariance.shape)}"
             )
-        flat = torch.as_tensor(mean, dtype=torch.float64).expand(self.shape).reshape(d).clone()
-        eigenvalues, basis = torch.linalg.eigh(covariance.to(torch.float64))
-        self.register_buffer("mean", flat)
-        self.register_buffer("covariance_matrix", covariance.to(torch.float64))
+        if not all(bool(torch.isfinite(v).all()) for v in (mean, covariance)):
+            raise InputError(
+                "GaussianPrior's mean and covariance must be finite, got NaN or infinite values"
+            )
+        eigenvalues, basis = torch.linalg.eigh(covariance)
+        skew = float((covariance - covariance.T).abs().max())
+        if skew > 1e-5 * float(covariance.abs().max()) or not float(eigenvalues[0]) > 0:
+            raise InputError(
+                f"GaussianPrior's covariance must be symmetric and positive definite, got an "
+                f"asymmetry of {skew:.2g} and a smallest eigenvalue of {float(eigenvalues[0]):.2g}"
+            )
+        self.register_buffer("mean", mean.expand(self.shape).reshape(d).clone())
+        self.register_buffer("covariance_matrix", covariance)
         self.register_buffer("eigenvalues", eigenvalues)
         self.register_buffer("basis", basis)
 
     def denoise(self, x_t: Tensor, t: float | Tensor) -> Tensor:
-        """The linear (Wiener) estimate of the module's text."""
+        """The linear (Wiener) estimate of the module's text.
+
+        Raises:
+            GeometryError: images of another size.
+        """
         alpha, sigma = (
             c.to(x_t.device).expand(x_t.shape[0])[:, None] for c in self.sde.marginal(t)
         )
-        z = (x_t.flatten(1).to(torch.float64) - alpha * self.mean) @ self.basis
+        z = self.coordinates(x_t, alpha)
         gain = alpha * self.eigenvalues / (alpha**2 * self.eigenvalues + sigma**2)
         return (self.mean + (gain * z) @ self.basis.T).to(x_t.dtype).reshape(x_t.shape)
+
+    def coordinates(self, x_t: Tensor, alpha: Tensor) -> Tensor:
+        """``x_t - alpha mean`` in the basis of eigenvectors, ``(b, d)``, float64.
+
+        Raises:
+            GeometryError: images of another size.
+        """
+        if x_t[0].numel() != len(self.mean):
+            raise GeometryError(
+                f"{type(self).__name__} is a prior of images {self.shape}, got "
+                f"{tuple(x_t.shape[1:])}; make one of that size"
+            )
+        return (x_t.flatten(1).to(torch.float64) - alpha * self.mean) @ self.basis
 
     def error(self, noise_level: float | Tensor) -> Tensor:
         """Root of the mean posterior variance, ``tr(Sigma s^2 (Sigma + s^2)^-1) / d``."""
@@ -133,26 +167,35 @@ class MixturePrior(Denoiser):
     r"""Gaussian mixture :math:`\sum_k w_k N(\mu_k, \Sigma_k)` over images of ``shape``.
 
     Args:
-        weights: ``(k,)``, summing to one.
+        weights: ``(k,)``, positive, summing to one.
         means: ``(k, d)``.
         covariances: ``(k, d, d)``.
         shape: image shape with ``prod(shape) == d``.
         sde: forward process.
+
+    Raises:
+        GeometryError: as :class:`GaussianPrior`.
+        InputError: weights that are not positive or do not sum to one; as :class:`GaussianPrior`.
     """
 
     weights: Tensor
 
     def __init__(
         self,
-        weights: Tensor,
-        means: Tensor,
-        covariances: Tensor,
+        weights: Tensor | NDArray[np.floating],
+        means: Tensor | NDArray[np.floating],
+        covariances: Tensor | NDArray[np.floating],
         shape: Sequence[int],
         sde: SDE | None = None,
     ) -> None:
         super().__init__(VE() if sde is None else sde)
         self.shape = tuple(shape)
-        self.register_buffer("weights", weights.to(torch.float64))
+        weights, means = (torch.as_tensor(v, dtype=torch.float64) for v in (weights, means))
+        if not (bool((weights > 0).all()) and math.isclose(float(weights.sum()), 1, rel_tol=1e-6)):
+            raise InputError(
+                f"MixturePrior's weights must be positive and sum to one, got {weights.tolist()}"
+            )
+        self.register_buffer("weights", weights)
         self._components = nn.ModuleList(
             GaussianPrior(m.reshape(self.shape), c, self.shape, self.sde)
             for m, c in zip(means, covariances, strict=True)
@@ -171,7 +214,7 @@ class MixturePrior(Denoiser):
         parts = []
         for w, c in zip(self.weights, self.components, strict=True):
             variance = alpha**2 * c.eigenvalues + sigma**2
-            z = (x_t.flatten(1).to(torch.float64) - alpha * c.mean) @ c.basis
+            z = c.coordinates(x_t, alpha)
             parts.append(
                 w.log() - 0.5 * (z**2 / variance + torch.log(2 * math.pi * variance)).sum(dim=1)
             )

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inverse.errors import GeometryError, ReconError
+from inverse.errors import GeometryError, InputError
 
 __all__ = ["NetworkConfig", "UNet", "edm_denoise", "position_channels"]
 
@@ -182,7 +182,7 @@ def edm_denoise(
 
     Raises:
         GeometryError: for a wrong channel count.
-        ReconError: for a sigma that is not positive.
+        InputError: for a sigma that is not positive.
 
     Here: docs/theory.md, equation (21).
     """
@@ -193,7 +193,7 @@ def edm_denoise(
             f"got {tuple(x.shape)}; a complex image needs a prior with two channels"
         )
     if not bool((sigma > 0).all()):
-        raise ReconError(f"the noise level of a denoiser must be positive, got {sigma.tolist()}")
+        raise InputError(f"the noise level of a denoiser must be positive, got {sigma.tolist()}")
     s = sigma.to(torch.float32)[:, None, None, None]
     total = torch.sqrt(s**2 + config.sigma_data**2)
     h, w = x.shape[-2:]

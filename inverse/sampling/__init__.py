@@ -1,6 +1,14 @@
 """Samplers of a prior: time grids, steps of the reverse SDE, the loop over them; the flow ODE."""
 
-from inverse.sampling.named import Named
+from inverse.sampling.named import (
+    Count,
+    Interval,
+    Mixing,
+    Named,
+    NotNegative,
+    Positive,
+    Share,
+)
 from inverse.sampling.ode import (
     RK45,
     Heun,
@@ -29,11 +37,17 @@ __all__ = [
     "RK45",
     "SAMPLERS",
     "Corrector",
+    "Count",
     "Heun",
+    "Interval",
     "Likelihood",
+    "Mixing",
     "Named",
     "Noise",
+    "NotNegative",
+    "Positive",
     "Sampler",
+    "Share",
     "Step",
     "ancestral",
     "annealed_langevin",

@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from inverse.errors import GeometryError, NumericalError, ReconError, UnsupportedError
+from inverse.errors import GeometryError, InputError, NumericalError, UnsupportedError
 from inverse.priors.checkpoint import NetworkPrior
 from inverse.priors.denoiser import Denoiser, expand
 from inverse.sampling.sample import Noise, time_grid
@@ -212,7 +212,7 @@ def log_likelihood(
 
     Raises:
         GeometryError: images without a batch axis, or probes of another shape.
-        ReconError: no ``noise`` or fewer than one probe where an estimate is wanted.
+        InputError: no ``noise`` or fewer than one probe where an estimate is wanted.
         UnsupportedError: an exact trace of large images.
         NumericalError: as :func:`encode`.
 
@@ -262,7 +262,7 @@ def bits_per_dim(
     (ICLR 2016), section 3.1.
     """
     if not (bin_width > 0 and scale > 0 and size > 0):
-        raise ReconError(
+        raise InputError(
             f"bits a dimension need a bin width, a scale and a size above 0, got {bin_width:g}, "
             f"{scale:g} and {size}"
         )
@@ -340,9 +340,9 @@ def _probes(
             )
         return torch.eye(d, dtype=x0.dtype, device=x0.device).reshape(1, d, *x0.shape[1:])
     if kind not in ("rademacher", "gaussian"):
-        raise ReconError(f"divergence is 'exact', 'rademacher' or 'gaussian', got {kind!r}")
+        raise InputError(f"divergence is 'exact', 'rademacher' or 'gaussian', got {kind!r}")
     if noise is None or count < 1:
-        raise ReconError(
+        raise InputError(
             f"an estimated trace needs a source of noise and at least 1 probe, got {count} probes"
             f"{' and no noise' if noise is None else ''}"
         )
@@ -454,7 +454,7 @@ class _Flow:
         callback: Callable[[int, int], None] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if solver.steps < 1:
-            raise ReconError(f"Heun's method needs at least 1 step, got {solver.steps}")
+            raise InputError(f"Heun's method needs at least 1 step, got {solver.steps}")
         high, low = max(begin, end), min(begin, end)
         times = time_grid(self.sde, solver.steps + 1, start=high, end=low, spacing=solver.spacing)
         times = times if begin > end else times.flip(0)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from inverse.errors import NumericalError, ReconError
+from inverse.errors import InputError, NumericalError
 from inverse.priors.denoiser import Denoiser, expand
 from inverse.sampling.steps import Corrector, Step
 from inverse.sde import SDE
@@ -77,14 +77,14 @@ def time_grid(
             equation 5); or ``uniform`` in ``t``.
 
     Raises:
-        ReconError: fewer than one step, or levels out of order or range.
+        InputError: fewer than one step, or levels out of order or range.
     """
     if steps < 1:
-        raise ReconError(f"a sampler needs at least 1 step, got {steps}")
+        raise InputError(f"a sampler needs at least 1 step, got {steps}")
     high = float(sde.noise_level(1.0)) if start is None else start
     low = float(sde.noise_level(sde.t_min)) if end is None else end
     if not 0 < low <= high:
-        raise ReconError(
+        raise InputError(
             f"noise levels must fall from start to end, got start {high:g} and end {low:g}"
         )
     u = torch.linspace(0, 1, steps, dtype=torch.float64)
@@ -148,7 +148,7 @@ def sample(
         if corrector is not None and not last:
             if project is not None:
                 x = project(x, t)
-            x = corrector(sde, x, denoiser.denoise(x, t), t, noise())
+            x = corrector(sde, x, denoiser.denoise(x, t), t, times[i + 1], noise())
         if project is not None:
             x = project(x, t)
         x0 = denoiser.denoise(x, t)

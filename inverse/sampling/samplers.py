@@ -15,10 +15,10 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from inverse.errors import GeometryError, NumericalError, ReconError
+from inverse.errors import GeometryError, InputError, NumericalError
 from inverse.priors.denoiser import Denoiser, expand
 from inverse.sampling import steps as step_functions
-from inverse.sampling.named import Named
+from inverse.sampling.named import Count, Named, NotNegative, Positive, Share
 from inverse.sampling.ode import RK45, Heun, decode
 from inverse.sampling.sample import DIVERGED, Noise, sample, time_grid
 from inverse.sampling.steps import Corrector, Step
@@ -36,8 +36,8 @@ def langevin_dynamics(
     denoiser: Denoiser,
     noise: Noise,
     *,
-    steps: int = 1000,
-    epsilon: float | None = None,
+    steps: Count = 1000,
+    epsilon: Positive | None = None,
     start: Tensor | None = None,
     levels: Levels = None,
     callback: Callback = None,
@@ -76,9 +76,9 @@ def annealed_langevin(
     denoiser: Denoiser,
     noise: Noise,
     *,
-    steps: int = 1000,
-    count: int | None = None,
-    epsilon: float | None = None,
+    steps: Count = 1000,
+    count: Count | None = None,
+    epsilon: Positive | None = None,
     levels: Levels = None,
     callback: Callback = None,
 ) -> Tensor:
@@ -105,7 +105,7 @@ def annealed_langevin(
     if count is None:
         count = 1 + math.ceil(math.log(high / low) / -math.log(NCSN_RATIO))
     if not 1 <= count <= steps:
-        raise ReconError(
+        raise InputError(
             f"annealed Langevin needs at least 1 level and a step for each, got {count} levels "
             f"and {steps} steps"
         )
@@ -125,7 +125,7 @@ def _langevin(
 ) -> Tensor:
     """Langevin on ``y = x / alpha`` down a ladder of levels, then the Tweedie step."""
     if steps < 1:
-        raise ReconError(f"a sampler needs at least 1 step, got {steps}")
+        raise InputError(f"a sampler needs at least 1 step, got {steps}")
     if epsilon is not None and not epsilon > 0:
         raise NumericalError(
             f"Langevin's step must be above 0, got {epsilon:g}; a tenth of the smallest level's "
@@ -155,7 +155,7 @@ def euler_maruyama(
     denoiser: Denoiser,
     noise: Noise,
     *,
-    steps: int = 500,
+    steps: Count = 500,
     levels: Levels = None,
     callback: Callback = None,
 ) -> Tensor:
@@ -167,7 +167,7 @@ def ancestral(
     denoiser: Denoiser,
     noise: Noise,
     *,
-    steps: int = 500,
+    steps: Count = 500,
     levels: Levels = None,
     callback: Callback = None,
 ) -> Tensor:
@@ -179,7 +179,7 @@ def reverse_diffusion(
     denoiser: Denoiser,
     noise: Noise,
     *,
-    steps: int = 500,
+    steps: Count = 500,
     levels: Levels = None,
     callback: Callback = None,
 ) -> Tensor:
@@ -191,8 +191,8 @@ def predictor_corrector(
     denoiser: Denoiser,
     noise: Noise,
     *,
-    steps: int = 250,
-    snr: float = 0.16,
+    steps: Count = 250,
+    snr: NotNegative = 0.16,
     norms: Literal["expected", "sample"] = "expected",
     levels: Levels = None,
     callback: Callback = None,
@@ -217,8 +217,8 @@ def ddim(
     denoiser: Denoiser,
     noise: Noise,
     *,
-    steps: int = 50,
-    eta: float = 0.0,
+    steps: Count = 50,
+    eta: Share = 0.0,
     levels: Levels = None,
     callback: Callback = None,
 ) -> Tensor:
@@ -230,7 +230,7 @@ def heun(
     denoiser: Denoiser,
     noise: Noise,
     *,
-    steps: int = 25,
+    steps: Count = 25,
     levels: Levels = None,
     callback: Callback = None,
 ) -> Tensor:
@@ -242,8 +242,8 @@ def rk45(
     denoiser: Denoiser,
     noise: Noise,
     *,
-    atol: float = 1e-5,
-    rtol: float = 1e-5,
+    atol: Positive = 1e-5,
+    rtol: Positive = 1e-5,
     levels: Levels = None,
     callback: Callback = None,
 ) -> Tensor:
@@ -313,85 +313,97 @@ class Sampler(Named):
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "langevin": Sampler(
-        run=langevin_dynamics,
-        title="Langevin dynamics at one noise level",
-        calls_per_step=1,
-        stochastic=True,
-        order=1,
-        when="to see why noise levels are needed: modes keep the weights of the start",
-        reference="Song and Ermon, NeurIPS 2019",
-    ),
-    "annealed-langevin": Sampler(
-        run=annealed_langevin,
-        title="Annealed Langevin dynamics",
-        calls_per_step=1,
-        stochastic=True,
-        order=1,
-        when="to reproduce NCSN",
-        reference="Song and Ermon, NeurIPS 2019",
-    ),
-    "euler-maruyama": Sampler(
-        run=euler_maruyama,
-        title="Euler-Maruyama on the reverse SDE",
-        calls_per_step=1,
-        stochastic=True,
-        order=1,
-        when="the plainest solver; needs many steps",
-        reference="Song et al., ICLR 2021",
-    ),
-    "ancestral": Sampler(
-        run=ancestral,
-        title="Ancestral sampling",
-        calls_per_step=1,
-        stochastic=True,
-        order=1,
-        when="the most robust stochastic sampler at few steps",
-        reference="Ho et al., NeurIPS 2020",
-    ),
-    "reverse-diffusion": Sampler(
-        run=reverse_diffusion,
-        title="Reverse-diffusion sampling",
-        calls_per_step=1,
-        stochastic=True,
-        order=1,
-        when="the predictor of the score-SDE paper",
-        reference="Song et al., ICLR 2021",
-    ),
-    "pc": Sampler(
-        run=predictor_corrector,
-        title="Predictor-corrector",
-        calls_per_step=2,
-        stochastic=True,
-        order=1,
-        when="to reproduce the score-SDE paper: reverse diffusion with Langevin corrections",
-        reference="Song et al., ICLR 2021",
-    ),
-    "ddim": Sampler(
-        run=ddim,
-        title="DDIM",
-        calls_per_step=1,
-        stochastic=False,
-        order=1,
-        when="few calls; eta above 0 makes it stochastic",
-        reference="Song, Meng, Ermon, ICLR 2021",
-    ),
-    "heun": Sampler(
-        run=heun,
-        title="Probability-flow ODE, Heun",
-        calls_per_step=2,
-        stochastic=False,
-        order=2,
-        when="good samples in 30 to 80 calls",
-        reference="Karras et al., NeurIPS 2022",
-    ),
-    "rk45": Sampler(
-        run=rk45,
-        title="Probability-flow ODE, Dormand-Prince 5(4)",
-        calls_per_step=6,
-        stochastic=False,
-        order=5,
-        when="samples at a stated tolerance; latents that encode and decode",
-        reference="Song et al., ICLR 2021",
-    ),
+    row.name: row
+    for row in (
+        Sampler(
+            name="langevin",
+            run=langevin_dynamics,
+            title="Langevin dynamics at one noise level",
+            calls_per_step=1,
+            stochastic=True,
+            order=1,
+            when="to see why noise levels are needed: modes keep the weights of the start",
+            reference="Song and Ermon, NeurIPS 2019",
+        ),
+        Sampler(
+            name="annealed-langevin",
+            run=annealed_langevin,
+            title="Annealed Langevin dynamics",
+            calls_per_step=1,
+            stochastic=True,
+            order=1,
+            when="to reproduce NCSN",
+            reference="Song and Ermon, NeurIPS 2019",
+        ),
+        Sampler(
+            name="euler-maruyama",
+            run=euler_maruyama,
+            title="Euler-Maruyama on the reverse SDE",
+            calls_per_step=1,
+            stochastic=True,
+            order=1,
+            when="the plainest solver; needs many steps",
+            reference="Song et al., ICLR 2021",
+        ),
+        Sampler(
+            name="ancestral",
+            run=ancestral,
+            title="Ancestral sampling",
+            calls_per_step=1,
+            stochastic=True,
+            order=1,
+            when="the most robust stochastic sampler at few steps",
+            reference="Ho et al., NeurIPS 2020",
+        ),
+        Sampler(
+            name="reverse-diffusion",
+            run=reverse_diffusion,
+            title="Reverse-diffusion sampling",
+            calls_per_step=1,
+            stochastic=True,
+            order=1,
+            when="the predictor of the score-SDE paper",
+            reference="Song et al., ICLR 2021",
+        ),
+        Sampler(
+            name="pc",
+            run=predictor_corrector,
+            title="Predictor-corrector",
+            calls_per_step=2,
+            stochastic=True,
+            order=1,
+            when="to reproduce the score-SDE paper: reverse diffusion with Langevin corrections",
+            reference="Song et al., ICLR 2021",
+        ),
+        Sampler(
+            name="ddim",
+            run=ddim,
+            title="DDIM",
+            calls_per_step=1,
+            stochastic=False,
+            order=1,
+            when="few calls; eta above 0 makes it stochastic",
+            reference="Song, Meng, Ermon, ICLR 2021",
+        ),
+        Sampler(
+            name="heun",
+            run=heun,
+            title="Probability-flow ODE, Heun",
+            calls_per_step=2,
+            stochastic=False,
+            order=2,
+            when="good samples in 30 to 80 calls",
+            reference="Karras et al., NeurIPS 2022",
+        ),
+        Sampler(
+            name="rk45",
+            run=rk45,
+            title="Probability-flow ODE, Dormand-Prince 5(4)",
+            calls_per_step=6,
+            stochastic=False,
+            order=5,
+            when="samples at a stated tolerance; latents that encode and decode",
+            reference="Song et al., ICLR 2021",
+        ),
+    )
 }

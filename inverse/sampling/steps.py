@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from inverse.errors import ReconError
+from inverse.errors import InputError
 from inverse.priors.denoiser import expand
 from inverse.sde import SDE, as_time
 
@@ -32,7 +32,7 @@ __all__ = [
 
 Time: TypeAlias = float | Tensor
 Step: TypeAlias = Callable[[SDE, Tensor, Tensor, Time, Time, Tensor], Tensor]
-Corrector: TypeAlias = Callable[[SDE, Tensor, Tensor, Time, Tensor], Tensor]
+Corrector: TypeAlias = Step
 
 
 def _score(sde: SDE, x_t: Tensor, x0: Tensor, t: Time) -> Tensor:
@@ -127,15 +127,18 @@ def renoise(eta: float = 1.0) -> Step:
 
 def _check_eta(eta: float) -> None:
     if not 0.0 <= eta <= 1.0:
-        raise ReconError(f"eta, the share of fresh noise, must lie in [0, 1], got {eta}")
+        raise InputError(f"eta, the share of fresh noise, must lie in [0, 1], got {eta}")
 
 
 def langevin(snr: float, norms: Literal["expected", "sample"] = "expected") -> Corrector:
     r"""Langevin corrector :math:`x \leftarrow x + \epsilon\,\mathrm{score} + \sqrt{2\epsilon}z`.
 
-    .. math:: \epsilon = 2\alpha_t (r \|z\| / \|\mathrm{score}\|)^2
-              \approx 2\alpha_t r^2\sigma_t^2,
-              \qquad r = \mathrm{snr}
+    .. math:: \epsilon = 2\alpha_i (\mathrm{snr}\,\|z\| / \|\mathrm{score}\|)^2
+              \approx 2\alpha_i\,(\mathrm{snr}\cdot\sigma_t)^2,
+              \qquad \alpha_i = r^2 = (\alpha_t/\alpha_s)^2
+
+    :math:`\alpha_i` is of the predictor's step from t to s, not of the marginal: 1 for VE, and for
+    VP what DDPM writes :math:`1 - \beta_i`.  A corrector has the arguments of a :data:`Step`.
 
     The original takes batch means of both norms, which lets one patient alter another.  Here a
     step never depends on batch mates:
@@ -151,13 +154,14 @@ def langevin(snr: float, norms: Literal["expected", "sample"] = "expected") -> C
     Here: docs/theory.md, equation (18).
     """
     if snr < 0:
-        raise ReconError(f"the corrector's snr must not be negative, got {snr}")
+        raise InputError(f"the corrector's snr must not be negative, got {snr}")
     if norms not in ("expected", "sample"):
-        raise ReconError(f"the corrector's norms are 'expected' or 'sample', got {norms!r}")
+        raise InputError(f"the corrector's norms are 'expected' or 'sample', got {norms!r}")
 
-    def correct(sde: SDE, x_t: Tensor, x0: Tensor, t: Time, z: Tensor) -> Tensor:
+    def correct(sde: SDE, x_t: Tensor, x0: Tensor, t: Time, s: Time, z: Tensor) -> Tensor:
         score = _score(sde, x_t, x0, t)
-        step = 2 * sde.alpha(t) * snr**2
+        r, _ = _transition(sde, t, s)
+        step = 2 * r**2 * snr**2
         if norms == "expected":
             step = step * sde.sigma(t) ** 2
         else:

@@ -26,7 +26,7 @@ from inverse.trust.uncertainty import Conformal, measured_data
 
 __all__ = ["CardCalibration", "Concern", "Setting", "check_card", "plane"]
 
-VERSION = 1
+VERSION = 2
 """Of the entries of ``PriorCard.calibration``; those of another version are not read."""
 
 SAMPLING_TOLERANCE = 0.1
@@ -46,10 +46,15 @@ class Concern:
     Attributes:
         light: ``"amber"``, look closer, or ``"red"``, do not use.
         text: the reason, with the number, what was expected and why it matters.
+        about: the matter, where slices may differ in it; of these the one with the largest extent
+            counts.
+        extent: how far off.
     """
 
     light: Literal["amber", "red"]
     text: str
+    about: str = ""
+    extent: float = 0.0
 
 
 def check_card(
@@ -117,6 +122,8 @@ def check_card(
                 "amber",
                 f"{100 * share:.1f} % of pixels outside the prior's {bottom:g} to {top:g} "
                 f"{card.unit}",
+                about="range",
+                extent=share,
             )
         )
     return tuple(found)

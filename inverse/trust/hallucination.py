@@ -116,9 +116,6 @@ def split(
             f"split needs a positive tol and at least one iteration, got {tol} and {max_iter}"
         )
 
-    def scaled(s: Tensor, u: Tensor, ndim: int) -> Tensor:
-        return s.to(u.real.dtype).reshape(*s.shape, *[1] * ndim) * u
-
     tiny = torch.finfo(torch.float64).tiny
     with torch.no_grad():
         z = torch.zeros_like(x)
@@ -140,8 +137,8 @@ def split(
             q = operator(p)
             pp, qq = _square(p, n), _square(q, m)
             step = torch.where(done, 0.0, ss / qq.clamp_min(tiny))
-            z = z + scaled(step, p, n)
-            r = r - scaled(step, q, m)
+            z = z + _spread(step, p, n) * p
+            r = r - _spread(step, q, m) * q
             s = operator.adjoint(r)
             floor = torch.where(
                 done, floor, torch.maximum(floor, eps2 * qq / pp.clamp_min(tiny) * xx)
@@ -150,7 +147,7 @@ def split(
             terms.append(pp / qq.clamp_min(tiny) * (old + rr))
             fresh = _square(s, n)
             ratio = torch.where(done, 0.0, fresh / ss.clamp_min(tiny))
-            p = s + scaled(ratio, p, n)
+            p = s + _spread(ratio, p, n) * p
             steps.append(step)
             ratios.append(ratio)
             length += ~done
@@ -193,15 +190,26 @@ def noise_split(
     A direction of singular value s (of :math:`W^{1/2}A`) is measured to the share
     :math:`s^2\tau^2/(1 + s^2\tau^2)`: one half where structure of size :math:`\tau` is as large
     in the data as their noise.  It is the resolution of Tikhonov's estimate, and tends to
-    :math:`A^+A` without noise.  With the residual :math:`\rho` of the normal equations the error
-    is at most :math:`\tau^2\|\rho\|`, as no eigenvalue is below :math:`1/\tau^2`.
+    :math:`A^+A` without noise.  Conjugate gradients solve for the other part, which is smooth in
+    what the operator sees well and so the faster one,
+
+    .. math:: M\,(x - z) = x, \qquad M = I + \tau^2 A^H W A .
+
+    As no eigenvalue of M is below 1, the error e obeys
+    :math:`\|e\|^2 \le e^H M e \le \gamma_k \|r_k\|^2` with the rule of Gauss and Radau
+
+    .. math:: \gamma_0 = 1, \qquad
+        \gamma_{k+1} = \frac{\gamma_k - \alpha_k}{\gamma_k - \alpha_k + \beta_k},
+
+    where :math:`\alpha_k` is the step and :math:`\beta_k = \|r_{k+1}\|^2/\|r_k\|^2`.  To this
+    bound comes, from the residual computed anew, what rounding adds.
 
     Args:
         measurement: operator and noise; its data do not count.
         x: images ``(*k, slices, *in_shape)``, physical units; with one noise for all slices any
             ``(*b, *in_shape)``.
         contrast: :math:`\tau`, size of structure in the image, physical units: the prior unit.
-        tol: most error relative to the image.
+        tol: most error relative to the image, at which an image stops by itself.
         max_iter: most iterations, which bounds the cost: one application of A and of its adjoint
             each.
 
@@ -212,7 +220,8 @@ def noise_split(
         NumericalError: if the iteration leaves the finite numbers.
 
     Source: the resolution matrix of Backus and Gilbert, Geophys. J. R. Astron. Soc. 16 (1968);
-    filter factors: Hansen, *Discrete Inverse Problems* (2010), ch. 4.
+    filter factors: Hansen, *Discrete Inverse Problems* (2010), ch. 4; bound of the error: Golub
+    and Meurant, BIT 37 (1997), in the form of Meurant and Tichy, Numer. Algorithms 62 (2013).
     """
     _check(measurement.operator, x)
     if not (math.isfinite(contrast) and contrast > 0 and tol > 0 and max_iter >= 1):
@@ -222,23 +231,41 @@ def noise_split(
         )
     operator = measurement.whitened().operator
     n, m = len(operator.in_shape), len(operator.out_shape)
-    ridge = contrast**-2
+    gain, eps = contrast**2, torch.finfo(x.dtype).eps
     tiny = torch.finfo(torch.float64).tiny
     with torch.no_grad():
-        seen = operator(x)
-        b = operator.adjoint(seen)
-        xx, bb = _square(x, n), _square(b, n)
-        # half the tolerance, for what rounding adds to the residual of the recursion
-        goal = 0.5 * tol * ridge * torch.where(bb > 0, (xx / bb.clamp_min(tiny)).sqrt(), torch.inf)
-        solved = operator.normal_solve(
-            b, ridge, tol=min(1.0, float(goal.amin())), max_iter=max_iter
+        null, r, p = torch.zeros_like(x), x.clone(), x.clone()
+        xx = _square(x, n)
+        rr, gamma, done = xx.clone(), torch.ones_like(xx), xx == 0
+        iterations = 0
+        while iterations < max_iter and not bool(done.all()):
+            seen = operator(p)
+            curvature = _square(p, n) + gain * _square(seen, m)
+            step = torch.where(done, 0.0, rr / curvature.clamp_min(tiny))
+            null.addcmul_(_spread(step, p, n), p)
+            # M p, less the step
+            r.addcmul_(_spread(-step, p, n), p.add(operator.adjoint(seen), alpha=gain))
+            fresh = torch.where(done, rr, _square(r, n))
+            ratio = torch.where(done, 0.0, fresh / rr.clamp_min(tiny))
+            p.mul_(_spread(ratio, p, n)).add_(r)
+            # a difference lost to rounding must not make the bound too small
+            gap = torch.maximum(gamma - step, 4 * eps * gamma)
+            gamma = torch.where(done, gamma, gap / (gap + ratio))
+            rr = fresh
+            iterations += 1
+            # half the tolerance, for what rounding adds
+            done = done | (gamma * rr <= (0.5 * tol) ** 2 * xx)
+        rest = operator(null)
+        residual = x - null - gain * operator.adjoint(rest)
+        drift = _square(residual - r, n).sqrt()
+        error = torch.minimum(_square(residual, n).sqrt(), (gamma * rr).sqrt() + drift)
+        error = error / xx.clamp_min(tiny).sqrt()
+        leak = (_square(rest, m) / _square(operator(x), m).clamp_min(tiny)).sqrt()
+    if not bool(torch.isfinite(error).all() & torch.isfinite(leak).all()):
+        raise NumericalError(
+            f"the split by {operator!r} left the finite numbers; check the operator for NaN"
         )
-        z = solved.x
-        rest = operator(z)
-        residual = b - operator.adjoint(rest) - ridge * z
-        error = (_square(residual, n) / xx.clamp_min(tiny)).sqrt() / ridge
-        leak = (_square(seen - rest, m) / _square(seen, m).clamp_min(tiny)).sqrt()
-    return Split(z, x - z, error, leak, solved.iterations, error <= tol)
+    return Split(x - null, null, error, leak, iterations, error <= tol)
 
 
 def hallucination_maps(
@@ -370,6 +397,11 @@ def _share(null: Tensor, measured: Tensor) -> Tensor:
 def _square(u: Tensor, ndim: int) -> Tensor:
     """Squared norm over the last ``ndim`` axes, float64."""
     return u.abs().square().sum(dim=tuple(range(-ndim, 0)), dtype=torch.float64)
+
+
+def _spread(s: Tensor, like: Tensor, ndim: int) -> Tensor:
+    """A number an element, shaped and typed to multiply ``like``."""
+    return s.to(like.dtype).reshape(*s.shape, *[1] * ndim)
 
 
 def _check(operator: LinearOperator, x: Tensor) -> None:

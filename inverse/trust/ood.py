@@ -2,12 +2,17 @@ r"""Whether a measurement is one that the prior could have made.
 
 A prior trained on chests reconstructs a knee, and the image looks like a good one.  For a
 Gaussian prior the question has an exact answer (:func:`prior_predictive`).  For a network the
-density of the data is out of reach, and likelihoods of images mislead; what is measured instead,
-at a few noise levels of the reconstruction (:func:`statistics`), is
+density of the data is out of reach, and likelihoods of images mislead, as simple images are likely
+whatever they show.  What is measured instead (:func:`statistics`), at a few noise levels of the
+reconstruction, is
 
-* the norm of the score, whose mean over the prior's own images is known by the Fisher information;
+* the error with which the prior denoises it, the Fisher information of the score-matching
+  literature in another form: its mean over the prior's own images is known;
 * the residual in the data once the prior has had its way with the noised reconstruction: what it
-  does not know it removes, and the data then miss it.
+  does not know it removes, and the data then miss it;
+* how much worse the prior denoises the image upside down and turned by 90 degrees.  The image is
+  compared with itself, so that how much structure it has cancels, and what is left says
+  whether the prior recognises what it sees.  No preference is as telling as the wrong one.
 
 The numbers by themselves say nothing.  They are ranked among those of held-out patients that were
 measured and reconstructed in the same way (:class:`Reference`), which gives a p-value.
@@ -16,8 +21,9 @@ measured and reconstructed in the same way (:class:`Reference`), which gives a p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from scipy import stats
@@ -29,12 +35,31 @@ from inverse.priors.denoiser import Denoiser, expand
 from inverse.priors.exact import GaussianPrior
 from inverse.trust.uncertainty import measured_data
 
-__all__ = ["LEVELS", "PriorPredictive", "Rank", "Reference", "prior_predictive", "statistics"]
+__all__ = [
+    "LEVELS",
+    "TURNS",
+    "PriorPredictive",
+    "Rank",
+    "Reference",
+    "prior_predictive",
+    "statistics",
+]
 
 LEVELS = (0.1, 0.3, 1.0)
 """Noise levels of :func:`statistics`, prior units: from about the error of a reconstruction, where
 fine structure counts, to the contrast of tissues, where only organs and their places do."""
+TURNS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda x: x.flip(-2),
+    lambda x: x.rot90(1, (-2, -1)),
+)
+"""Upside down, and a quarter turn, of the last two axes.  Not left and right exchanged: to the
+bundled CT prior they are alike (errors 2 +- 3 % apart), so that it would only add noise."""
 _BATCH = 8
+_FLAT = 1e-4
+"""Least standard deviation of a statistic, which is a logarithm: less is rounding."""
+_SHRINK = 1e-3
+_NEAR = 1e-12
+"""Least distance, so that its logarithm is defined."""
 
 
 @dataclass(frozen=True)
@@ -104,17 +129,28 @@ def statistics(
     levels: Sequence[float] = LEVELS,
     seed: int = 0,
 ) -> Tensor:
-    r"""Score norms and residuals of noised reconstructions, at each noise level.
+    r"""Errors and residuals of denoised reconstructions, and how they fare when turned.
 
-    With the reconstruction u in prior units and one draw z, the same for every image,
+    With the reconstruction u in prior units and one draw z, the same for every image, at each
+    noise level
 
-    .. math:: a_\sigma = \log\frac{\|\sigma s_\sigma(u + \sigma z)\|^2}{d}, \qquad
+    .. math:: e_\sigma = \log\frac{\|\Delta_\sigma\|^2}{\sigma^2 d}, \qquad
         r_\sigma = \log\frac{1}{m}\Big\|\frac{y - A(\hat x + \Delta_\sigma)}{\sigma_y}\Big\|^2,
         \qquad \Delta_\sigma = D(u + \sigma z) - u
 
-    For images of the prior the mean of :math:`\|\sigma s_\sigma\|^2` is
-    :math:`\sigma^2 J_\sigma`, with J the Fisher information.  :math:`\Delta_\sigma`, what the
-    prior changes, goes back to the grid, the phase and the unit of the reconstruction.
+    and at the middle level, for each T of :data:`TURNS`,
+
+    .. math:: b_T = \log\frac{\|D(T(u + \sigma z)) - Tu\|^2}{\|D(u + \sigma z) - u\|^2}
+
+    For images of the prior the mean of :math:`\|\Delta_\sigma\|^2 / (\sigma^2 d)` is
+    :math:`1 - \sigma^2 J_\sigma / d`, with J the Fisher information and
+    :math:`\sigma^2 J_\sigma` the mean of the norm of the score :math:`\|\sigma s_\sigma\|^2`.
+    That norm is nearly all noise, d, where the error is small against it; the error itself, and
+    on a logarithmic scale, shows what is the image's.  :math:`\Delta_\sigma`, what the prior
+    changes, goes back to the grid, the phase and the unit of the reconstruction.
+    Denoising errors add up over levels to the log-likelihood, so that :math:`b_T` says by how much
+    the prior prefers u to Tu at that level: above 0 where it recognises how u lies, 0 for a prior
+    to which all ways are alike.
 
     Args:
         prior: the denoiser.
@@ -127,15 +163,18 @@ def statistics(
         seed: of the draw.
 
     Returns:
-        ``(slices, 2 * len(levels))``, float64: the :math:`a_\sigma`, then the :math:`r_\sigma`.
+        ``(slices, 2 * len(levels) + len(TURNS))``, float64: the :math:`e_\sigma`, then the
+        :math:`r_\sigma`, then the :math:`b_T`.  Costs ``len(levels) + len(TURNS)`` network calls.
 
     Raises:
         GeometryError: images that are not one a slice.
         InputError: images that are not finite, or no level.
         UnsupportedError: a prior of two channels, or images that are not 2-D.
 
-    Source: score norms: Mahmood, Oliva and Styner, ICLR (2021); reconstructions from several
-    noise levels: Graham et al., CVPRW (2023), here with their residual in the data.
+    Source: several noise levels at once: Mahmood, Oliva and Styner, ICLR (2021), by norms of the
+    score; Graham et al., CVPRW (2023), by errors of reconstructions, here with their residual in
+    the data too.  That likelihoods count in comparison with another's on the same image, so that
+    its complexity cancels: Ren et al., NeurIPS (2019).
     """
     shape = (len(measurement), *measurement.operator.in_shape)
     if tuple(x.shape) != shape:
@@ -151,16 +190,19 @@ def statistics(
     phase = torch.sgn(x) if x.is_complex() else None
     u = ((x.abs() if x.is_complex() else x).float() - offset) / scale
     generator = torch.Generator().manual_seed(seed)
-    norms, misfits = [], []
+    errors, misfits, turned = [], [], []
     with torch.inference_mode():
-        for level in levels:
+        for k, level in enumerate(levels):
             z = torch.randn(shape[1:], generator=generator).to(u.device)
-            change, norm = _denoised(prior, u, level, z)
-            norms.append(norm)
+            change = _denoised(prior, u, level, z)
+            errors.append(_power(change) / level**2)
             back = scale * change if phase is None else scale * change * phase
             misfits.append(measurement.chi2((x + back).to(measurement.operator.dtype)).double())
+            if k == len(levels) // 2:
+                own = _power(change)
+                turned = [_power(_denoised(prior, t(u), level, t(z))) / own for t in TURNS]
     tiny = torch.finfo(torch.float64).tiny
-    return torch.stack([*norms, *misfits], dim=1).clamp_min(tiny).log().cpu()
+    return torch.stack([*errors, *misfits, *turned], dim=1).clamp_min(tiny).log().cpu()
 
 
 @dataclass(frozen=True)
@@ -168,15 +210,18 @@ class Rank:
     """Where a measurement stands among the references.
 
     Attributes:
-        distance: mean of the squared standard scores of the statistics, 1 on average.
-        p: share of references, itself among them, that stand out at least as far.
-        beyond: its distance over the largest of the references'; above 1 it stands out most.
-        patients: how many references there are, n; p is at least 1 / (n + 1).
+        distance: of its statistics from the references', over theirs from each other (geometric
+            mean): 1 is usual.
+        p: share of references, itself among them, that stand out at least as far.  Exact, but
+            never below 1 / (n + 1): it cannot tell far from very far.
+        tail: probability of at least this distance, were the logarithms of distances normal;
+            approximate, for what lies beyond all references.
+        patients: how many references there are, n.
     """
 
     distance: float
     p: float
-    beyond: float
+    tail: float
     patients: int
 
 
@@ -190,7 +235,7 @@ class Reference:
         seed: the seed of their draw.
 
     Raises:
-        InputError: fewer than two patients, or values that are not finite.
+        InputError: fewer than three patients, or values that are not finite.
     """
 
     values: Tensor
@@ -198,23 +243,41 @@ class Reference:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.values.ndim != 2 or len(self.values) < 2:
+        if self.values.ndim != 2 or len(self.values) < 3:
             raise InputError(
-                f"a reference needs at least two patients, (patients, statistics), got "
+                f"a reference needs at least three patients, (patients, statistics), got "
                 f"{tuple(self.values.shape)}"
             )
         if not bool(torch.isfinite(self.values).all()):
             raise InputError("the reference holds NaN or infinite values; measure it again")
 
+    @cached_property
+    def distances(self) -> Tensor:
+        """Of each patient from the others, see :meth:`rank`, ``(patients,)``."""
+        return _distances(self.values.double())
+
     def rank(self, value: Tensor) -> Rank:
         r"""Rank of one measurement among the references.
 
-        .. math:: T_i = \frac1q \sum_{k=1}^q \frac{(v_{ik} - \bar v_k)^2}{s_k^2}, \qquad
+        Each of the n + 1 is compared with the n others, by their mean, standard deviations s and
+        shrunk correlations R, so that the measurement and the references are treated alike,
+
+        .. math:: T_i = \frac1q\, z_i^T R_{-i}^{-1} z_i, \qquad
+            z_{ik} = \frac{v_{ik} - \bar v_{-i,k}}{s_{-i,k}}, \qquad
             p = \frac{1 + \#\{i \le n : T_i \ge T_{n+1}\}}{n + 1}
 
-        Mean and deviation are over the references *and* the measurement, so that all n + 1 are
-        treated alike: for a patient like the references p is uniform on its n + 1 values,
-        whatever the statistics.
+        For a patient like the references p is uniform on its n + 1 values, whatever the law of
+        the statistics.  Without shrinkage T is Hotelling's :math:`T^2` of one against the others
+        up to a factor.  The correlations count because the statistics rise and fall together from
+        patient to patient: what breaks the pattern is foreign, though each number by itself is
+        usual.
+
+        The tail is that of the Student t prediction bound on the logarithm, with the mean m and
+        the standard deviation s of the :attr:`distances` of the references from each other:
+
+        .. math:: t = \frac{\log T_{n+1} - m}{s\sqrt{1 + 1/n}} \sim t_{n-1}
+
+        One far patient widens s by a logarithm only.
 
         Args:
             value: ``(statistics,)``, of :func:`statistics` with the reference's levels and seed.
@@ -224,7 +287,7 @@ class Reference:
             InputError: values that are not finite.
 
         Source: full conformal prediction, Vovk, Gammerman and Shafer, *Algorithmic Learning in a
-        Random World* (2005), ch. 2.
+        Random World* (2005), ch. 2; Hotelling, Ann. Math. Stat. 2 (1931).
         """
         if value.shape != self.values.shape[1:]:
             raise GeometryError(
@@ -232,32 +295,63 @@ class Reference:
             )
         if not bool(torch.isfinite(value).all()):
             raise InputError("the statistics hold NaN or infinite values; check the image")
-        pool = torch.cat([self.values, value[None].to(self.values)]).double()
-        spread = pool.std(dim=0, unbiased=False)
-        z = torch.where(spread > 0, (pool - pool.mean(dim=0)) / spread.clamp_min(1e-300), 0.0)
-        distances = z.square().mean(dim=1)
+        distances = _distances(torch.cat([self.values, value[None].to(self.values)]).double())
         mine, others = float(distances[-1]), distances[:-1]
         # a tie by rounding counts as one
         n = len(others)
-        ties = int((others >= mine * (1 - 1e-12)).sum())
-        top = float(others.max())
-        return Rank(mine, (1 + ties) / (n + 1), mine / top if top > 0 else math.inf, n)
+        ties = int((others >= mine * (1 - 1e-9)).sum())
+        known = self.distances.clamp_min(_NEAR).log()
+        beyond = math.log(max(mine, _NEAR)) - float(known.mean())
+        spread = max(float(known.std()), _FLAT)
+        tail = float(stats.t.sf(beyond / (spread * math.sqrt(1 + 1 / n)), n - 1))
+        return Rank(math.exp(beyond), (1 + ties) / (n + 1), tail, n)
 
 
-def _denoised(prior: Denoiser, u: Tensor, level: float, z: Tensor) -> tuple[Tensor, Tensor]:
-    """``D(u + level z) - u`` and ``|sigma s|^2 / d``, by batches."""
+def _distances(pool: Tensor) -> Tensor:
+    """Squared distance of each row from the others over the number of columns, ``(rows,)``."""
+    n, q = pool.shape
+    others = pool.expand(n, n, q)[~torch.eye(n, dtype=torch.bool)].reshape(n, n - 1, q)
+    mean = others.mean(dim=1)
+    spread = others.std(dim=1).clamp_min(_FLAT)
+    z = (pool - mean) / spread
+    correlation = _shrunk_correlation((others - mean[:, None]) / spread[:, None])
+    solved = torch.linalg.solve(correlation, z[..., None])[..., 0]
+    return (z * solved).mean(dim=1)
+
+
+def _shrunk_correlation(z: Tensor) -> Tensor:
+    r"""Correlation of standardised values ``(b, n, q)``, drawn to the identity as n is small.
+
+    .. math:: \lambda = \frac{\sum_{j \ne k} \mathrm{Var}\,r_{jk}}{\sum_{j \ne k} r_{jk}^2}
+
+    between :data:`_SHRINK`, so that it can be inverted, and 1.
+
+    Source: Schäfer and Strimmer, Stat. Appl. Genet. Mol. Biol. 4 (2005), article 32.
+    """
+    n, q = z.shape[1:]
+    products = z[..., :, None] * z[..., None, :]  # (b, n, q, q)
+    mean = products.mean(dim=1)
+    variance = n / (n - 1) ** 3 * (products - mean[:, None]).square().sum(dim=1)
+    eye = torch.eye(q, dtype=z.dtype)
+    off = (1 - eye) * mean * n / (n - 1)
+    share = ((1 - eye) * variance).sum(dim=(1, 2)) / off.square().sum(dim=(1, 2)).clamp_min(1e-12)
+    return (1 - share.clamp(_SHRINK, 1.0))[:, None, None] * off + eye
+
+
+def _denoised(prior: Denoiser, u: Tensor, level: float, z: Tensor) -> Tensor:
+    """``D(u + level z) - u``, by batches."""
     t = prior.sde.time(level)
-    alpha, sigma = prior.sde.marginal(t)
-    changes, norms = [], []
+    alpha, _ = prior.sde.marginal(t)
+    changes = []
     for part in u.split(_BATCH):
-        x_t = expand(alpha, part) * (part + level * z)
         times = t.expand(len(part)) if t.ndim == 0 else t
-        score = prior.score(x_t, times)
-        scaled = expand(sigma, part) * score
-        norms.append(scaled.double().square().flatten(1).mean(dim=1))
-        # Tweedie's formula backwards: D = (x_t + sigma^2 s) / alpha
-        changes.append((x_t + expand(sigma, part) * scaled) / expand(alpha, part) - part)
-    return torch.cat(changes), torch.cat(norms)
+        changes.append(prior.denoise(expand(alpha, part) * (part + level * z), times) - part)
+    return torch.cat(changes)
+
+
+def _power(x: Tensor) -> Tensor:
+    """Mean square of each image; not zero, so that ratios are defined."""
+    return x.double().square().flatten(1).mean(dim=1).clamp_min(torch.finfo(torch.float64).eps)
 
 
 def _real(x: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ see and the prior takes for usual passes every one of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from inverse.errors import GeometryError, InputError, UnsupportedError
-from inverse.measurement import Measurement
+from inverse.measurement import CHI2_HIGH, Measurement
 from inverse.operators.ct import RayTransform
 from inverse.priors.checkpoint import NetworkPrior
 from inverse.priors.denoiser import Denoiser
@@ -35,15 +35,23 @@ from inverse.trust.uncertainty import (
     whiteness,
 )
 
-__all__ = ["Evidence", "Examination", "Interval", "Verdict", "examine", "judge", "shown"]
+__all__ = [
+    "Evidence",
+    "Examination",
+    "Interval",
+    "Verdict",
+    "examine",
+    "judge",
+    "likeness",
+    "shown",
+]
 
 CHI2_LOW = 0.03
 """Reduced chi-square below which the noise itself was fitted.  Well below 1 on purpose: stated
 noise often includes a model error that the data at hand do not have."""
-CHI2_HIGH = 2.0
-"""Above it the data are not fitted to their noise: amber."""
 CHI2_WRONG = 5.0
-"""Above it geometry, units or noise level are wrong: red."""
+"""Above :data:`inverse.measurement.CHI2_HIGH` the data are not fitted, amber; above this geometry,
+units or noise level are wrong: red."""
 GROUP_EXCESS = 4.0
 """A view (or ring of k-space) whose chi-square exceeds the median of all by this factor, and
 :data:`CHI2_HIGH`, was spoiled by motion, metal or a defect: amber."""
@@ -53,8 +61,9 @@ Pixels too coarse for the object alone give up to about 0.3 along the detector."
 OOD_P = 0.05
 """p-value of the out-of-distribution test at or below which: amber.  With fewer than 19 reference
 patients the smallest p-value that there is counts, and the reason says so."""
-OOD_BEYOND = 2.0
-"""Times the distance of the farthest reference patient beyond which: red."""
+OOD_TAIL = 0.001
+"""Probability of such a distance by the prediction bound of :class:`inverse.trust.Reference` at or
+below which: red.  The bound is approximate; so small a number leaves room for that."""
 DETAIL = 0.5
 """Share of the image's detail that the data do not determine at their noise: amber above it, as
 most of what is seen beyond broad features is then the prior's."""
@@ -62,6 +71,11 @@ DETAIL_MOST = 0.9
 """Above it nearly all detail is the prior's: red."""
 WHITE_P = 0.01
 RINGS = 8
+COLUMNS = 8
+"""Images that go through the operator together: a sparse product reads its matrix once for all of
+them, so that eight cost little more than one."""
+COLUMN_PIXELS = 2**21
+"""Most pixels of these, so that memory stays bounded for large images and volumes."""
 
 Light = Literal["green", "amber", "red"]
 
@@ -161,14 +175,12 @@ def judge(evidence: Evidence) -> Verdict:
     if e.detail_share is not None and e.detail_share > DETAIL:
         light: Literal["amber", "red"] = "red" if e.detail_share > DETAIL_MOST else "amber"
         doubt(light, f"{100 * e.detail_share:.0f} % of the detail is the prior's, not the data's")
-    if e.ood is not None and e.ood.p <= max(OOD_P, 1 / (e.ood.patients + 1)):
-        light = "red" if e.ood.beyond > OOD_BEYOND else "amber"
+    if e.ood is not None and (unlike := likeness(e.ood)) != "green":
+        least = ", the least" if e.ood.p <= 1.5 / (e.ood.patients + 1) else ""
         doubt(
-            light,
-            f"unlike the prior's held-out patients: p {e.ood.p:.2g}, the least with "
-            f"{e.ood.patients}, and {e.ood.beyond:.2g} times as far as the farthest"
-            if e.ood.beyond > 1
-            else f"unlike the prior's held-out patients: p {e.ood.p:.2g} of {e.ood.patients}",
+            unlike,
+            f"unlike the prior's held-out patients: p {e.ood.p:.2g}{least} with {e.ood.patients}, "
+            f"{e.ood.distance:.2g} times the usual distance",
         )
     found.sort(key=lambda c: c.light != "red")
     notes = []
@@ -182,6 +194,17 @@ def judge(evidence: Evidence) -> Verdict:
     if e.ood is not None:
         passed.append(f"like the prior's patients (p {e.ood.p:.2g} of {e.ood.patients})")
     return Verdict("green", ("no cause for doubt found: " + ", ".join(passed), *notes))
+
+
+def likeness(rank: Rank) -> Light:
+    """The light of the out-of-distribution test alone.
+
+    Red needs both: the exact p-value, which cannot be small with few patients, and a distance
+    beyond what they let expect.
+    """
+    if rank.p > max(OOD_P, 1.5 / (rank.patients + 1)):
+        return "green"
+    return "red" if rank.tail <= OOD_TAIL else "amber"
 
 
 @dataclass(frozen=True)
@@ -268,7 +291,7 @@ def examine(
 ) -> Examination:
     """Examine a reconstruction: residuals, the prior's part, likeness, intervals, verdict.
 
-    Slices are taken one by one, so that memory grows with the maps alone.  A slice costs one
+    Slices are taken a few at a time, so that memory grows with the maps alone.  A slice costs one
     network call a noise level of the out-of-distribution test, where the card has references for
     the setting, and at most ``max_iter`` applications of the operator and its adjoint a sample.
 
@@ -279,8 +302,7 @@ def examine(
             slice's number and its samples, in any order.
         settings: its settings.
         orientation: plane of the slices, see :func:`inverse.trust.plane`.
-        max_iter: bound on the cost of the split of the mean; samples take a third, as their
-            spread needs less.
+        max_iter: bound on the cost of the split of the mean and of each sample.
 
     Raises:
         GeometryError: samples that do not fit the measurement.
@@ -292,9 +314,10 @@ def examine(
     name, groups = _groups(measurement)
     known, why = _known(prior, setting)
     found: dict[int, _Slice] = {}
-    for z, draws in given:
-        one = measurement.take(torch.tensor([z]))
-        found[z] = _examine(one, prior, draws, settings, groups, known, orientation, max_iter)
+    for numbers, draws in _few(given, measurement.operator.in_shape):
+        some = measurement.take(torch.tensor(numbers))
+        several = _examine(some, prior, draws, settings, groups, known, orientation, max_iter)
+        found |= zip(numbers, several, strict=True)
     if sorted(found) != list(range(len(measurement))):
         raise GeometryError(
             f"examine needs samples of each of {len(measurement)} slices, got {sorted(found)}"
@@ -341,7 +364,7 @@ def examine(
         ood=ranks[len(ranks) // 2] if ranks else None,
         ood_note="" if ranks else why or notes[0],
         interval_note=interval_note,
-        concerns=tuple(dict.fromkeys(c for s in slices for c in s.concerns)),
+        concerns=_worst_of(c for s in slices for c in s.concerns),
     )
     return Examination(
         verdict=judge(evidence),
@@ -353,6 +376,16 @@ def examine(
         interval=interval,
         setting=setting,
     )
+
+
+def _worst_of(concerns: Iterable[Concern]) -> tuple[Concern, ...]:
+    """Of concerns about one matter in several slices the gravest."""
+    worst: dict[str, Concern] = {}
+    for concern in concerns:
+        about = concern.about or concern.text
+        if about not in worst or concern.extent > worst[about].extent:
+            worst[about] = concern
+    return tuple(worst.values())
 
 
 @dataclass(frozen=True)
@@ -371,8 +404,36 @@ class _Slice:
     concerns: tuple[Concern, ...]
 
 
+def _few(
+    given: Iterable[tuple[int, Tensor]], shape: tuple[int, ...]
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Slices a few at a time: their numbers and ``(samples, slices, *shape)``."""
+    columns = _columns(shape)
+    held: dict[int, Tensor] = {}
+    samples = 0
+    for z, draws in given:
+        samples = samples or (len(draws) if draws.ndim else 0)
+        if not samples or tuple(draws.shape) != (samples, *shape):
+            raise GeometryError(
+                f"examine needs samples (samples, *{shape}) of each slice, as many of all, got "
+                f"{tuple(draws.shape)}"
+            )
+        held[z] = draws
+        # many samples are held of fewer slices
+        if len(held) >= columns or len(held) * samples >= COLUMNS * columns:
+            yield list(held), torch.stack(list(held.values()), dim=1)
+            held = {}
+    if held:
+        yield list(held), torch.stack(list(held.values()), dim=1)
+
+
+def _columns(shape: tuple[int, ...]) -> int:
+    """How many images of a shape go through the operator together."""
+    return max(1, min(COLUMNS, COLUMN_PIXELS // math.prod(shape)))
+
+
 def _examine(
-    one: Measurement,
+    some: Measurement,
     prior: Denoiser,
     draws: Tensor,
     settings: Mapping[str, Any],
@@ -380,37 +441,49 @@ def _examine(
     known: CardCalibration | None,
     orientation: str,
     max_iter: int,
-) -> _Slice:
-    """One slice with its samples ``(samples, *in_shape)``."""
-    if draws.ndim < 1 or tuple(draws.shape[1:]) != one.operator.in_shape or not len(draws):
-        raise GeometryError(
-            f"examine needs samples (samples, *{one.operator.in_shape}) of a slice, got "
-            f"{tuple(draws.shape)}"
-        )
+) -> list[_Slice]:
+    """A few slices with their samples ``(samples, slices, *in_shape)``."""
     offset, scale = float(settings["offset"]), float(settings["scale"])
-    mean = draws.mean(dim=0)[None]
-    parts = partial(noise_split, one, contrast=abs(scale), max_iter=max_iter)
+    mean = draws.mean(dim=0)
+    parts = partial(noise_split, some, contrast=abs(scale), max_iter=max_iter)
     part = parts(mean)
-    rough = partial(parts, max_iter=max(1, max_iter // 3))
-    several = len(draws) > 1
-    rank, note = _likeness(prior, known, one, mean, offset, scale)
-    concerns: tuple[Concern, ...] = ()
-    if isinstance(prior, NetworkPrior):
-        concerns = check_card(
-            prior.card, one, mean, offset=offset, scale=scale, orientation=orientation
+    share, detail_share = part.share.float(), part.detail_share
+    std = None
+    if len(draws) > 1:
+        together = max(1, _columns(some.operator.in_shape) // len(some))
+        std = prior_part(parts, draws.split(together)).std.float()
+    chi2, white = residual_chi2(some, draws[0], groups), _whiteness(some, draws[0])
+    ranks, note = _likeness(prior, known, some, mean, offset, scale)
+    found = []
+    for i in range(len(some)):
+        concerns: tuple[Concern, ...] = ()
+        if isinstance(prior, NetworkPrior):
+            concerns = check_card(
+                prior.card,
+                some,
+                mean[i : i + 1],
+                offset=offset,
+                scale=scale,
+                orientation=orientation,
+            )
+        found.append(
+            _Slice(
+                chi2=replace(chi2, value=chi2.value[i : i + 1], p=chi2.p[i : i + 1]),
+                whiteness={
+                    axis: Whiteness(w.value[i : i + 1], w.variance, w.p[i : i + 1])
+                    for axis, w in white.items()
+                },
+                share=share[i],
+                detail_share=float(detail_share[i]),
+                split_error=float(part.error[i]),
+                null_std=None if std is None else std[i],
+                shown=shown(draws[:, i]) if len(draws) > 1 else None,
+                rank=ranks[i] if ranks else None,
+                note=note,
+                concerns=concerns,
+            )
         )
-    return _Slice(
-        chi2=residual_chi2(one, draws[:1], groups),
-        whiteness=_whiteness(one, draws[:1]),
-        share=part.share[0].float(),
-        detail_share=float(part.detail_share),
-        split_error=float(part.error),
-        null_std=prior_part(rough, draws.split(1)).std.float() if several else None,
-        shown=shown(draws) if several else None,
-        rank=rank,
-        note=note,
-        concerns=concerns,
-    )
+    return found
 
 
 def _joined(tests: Sequence[ChiSquare]) -> ChiSquare:
@@ -503,20 +576,20 @@ def _known(prior: Denoiser, setting: Setting) -> tuple[CardCalibration | None, s
 def _likeness(
     prior: Denoiser,
     known: CardCalibration | None,
-    one: Measurement,
+    some: Measurement,
     mean: Tensor,
     offset: float,
     scale: float,
-) -> tuple[Rank | None, str]:
-    """Rank of a slice among the references, or why there is none."""
+) -> tuple[list[Rank], str]:
+    """Rank of each slice among the references, or why there is none."""
     if known is None or known.reference is None or not isinstance(prior, NetworkPrior):
-        return None, "the card holds no references for this setting"
+        return [], "the card holds no references for this setting"
     reference = known.reference
-    pixel = sum(one.pixel_mm) / len(one.pixel_mm)
+    pixel = sum(some.pixel_mm) / len(some.pixel_mm)
     try:
-        value = statistics(
+        values = statistics(
             prior.at(pixel_mm=pixel),
-            one,
+            some,
             mean,
             offset=offset,
             scale=scale,
@@ -524,5 +597,5 @@ def _likeness(
             seed=reference.seed,
         )
     except UnsupportedError as error:
-        return None, str(error)
-    return reference.rank(value[0]), ""
+        return [], str(error)
+    return [reference.rank(value) for value in values], ""

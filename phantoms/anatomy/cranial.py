@@ -16,6 +16,7 @@ from phantoms.anatomy.builder import (
     Lesion,
     Organ,
     along,
+    fits,
     generator,
     sphere,
     xyz,
@@ -63,7 +64,7 @@ def head(
     Args:
         seed: the same seed gives the same head in every contrast; `lesions` leaves the rest of
             it unchanged.
-        lesions: plant bleeds, oedemas and tumours.
+        lesions: plant bleeds, oedemas and tumours in the white matter.
         contrast: "ct" in HU above air; "t1", "t2" or "pd" in relative signal, 0 in air; or the
             signal of each tissue, as :func:`phantoms.tissue.signals` computes it for a sequence.
 
@@ -135,6 +136,7 @@ def head(
     gx, gy, gz = grey.axes
 
     inside_grey: list[Organ] = []
+    white: list[tuple[Organ, list[Organ]]] = []  # hemispheres, with what lies in each
 
     def brain(
         name: str,
@@ -166,6 +168,7 @@ def head(
         if hemisphere is None:
             continue
         deep: list[Organ] = []
+        white.append((hemisphere, deep))
         at, size = hemisphere.centre, hemisphere.axes
         widen = u(0.8, 1.7)
         for part, place, half, angle in (
@@ -247,19 +250,20 @@ def head(
     if lesions:
         own = generator(seed, 4)
         wanted = int(own.integers(2, 7))
-        for _ in range(100):
-            if len(planted) == wanted:
+        for _ in range(300):
+            if len(planted) == wanted or not white:
                 break
             name = ("bleed", "oedema", "tumour")[int(own.integers(3))]
             radius = float(own.uniform(2.5, 11))
+            holder, deep = white[int(own.integers(len(white)))]
             way = own.normal(size=3)
-            way *= own.uniform(0.2, 0.8) / np.linalg.norm(way)
-            centre = grey.centre + way * (grey.axes - radius)
-            if abs(centre[2]) > 45 or any(
-                np.linalg.norm(centre - np.array(other.centre)) < radius + other.radius + 2
-                for other in planted
-            ):
+            way *= own.uniform(0.0, 1.0) / np.linalg.norm(way)
+            centre = holder.centre + holder.rotation @ (way * (holder.axes - radius))
+            # values add up, so a ball replaces one tissue only: where it lies in white matter
+            ball = Organ(tissue[name], centre, np.full(3, radius))
+            if abs(centre[2]) > 45 or not fits(ball, holder, deep, 200, 0.5):
                 continue
+            deep.append(ball)
             step = (tissue[name] - tissue["white"]) * float(own.uniform(0.6, 1.0))
             b.add(step, centre, np.full(3, radius), np.eye(3))
             planted.append(Lesion(name, xyz(centre), radius, step))

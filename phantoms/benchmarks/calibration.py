@@ -7,10 +7,11 @@ Problems whose posterior is known in closed form, so that nothing but the method
 * two-dimensional mixture of two modes, whose weights the data shift;
 * smooth Gaussian fields of dense covariance seen by parallel-beam CT and by Cartesian MRI.
 
-For the small problems one fixed measurement gives the moments, the KL divergence and the mode
-weights, and many simulated pairs of truth and data give what must hold over them: coverage of
-intervals, uniform ranks (simulation-based calibration, Talts et al. 2018) and a reduced
-chi-square of 1.  The fields run through :func:`inverse.reconstruct.reconstruct` with 16 samples.
+For the small problems one fixed measurement, sampled n times, gives the moments, the KL
+divergence and the mode weights, and many simulated pairs of truth and data give what must hold
+over them: coverage of intervals, uniform ranks (simulation-based calibration, Talts et al. 2018)
+and a reduced chi-square of 1.  The fields run through :func:`inverse.reconstruct.reconstruct` with
+16 samples.
 
 ``--acceptance`` tests the instruments themselves: they have to pass exact draws of the posterior
 of a field, and to refuse draws that are a little too narrow, moved, or of the prior.
@@ -165,13 +166,16 @@ class Row:
         problem: problem.
         method: label of the method and its settings.
         calls: network calls a sample.
+        n: samples of the fixed measurement; of fields, of all slices.
         mean_error: RMS of (mean - exact mean) / exact sd.
         sd_ratio: mean of sd / exact sd; below 1 is overconfident.
         correlation: of the first two unknowns, beside the exact one; None in one dimension.
         kl: KL divergence of the fitted Gaussian from a Gaussian posterior in nats; infinite where
             the samples' covariance is singular, None where the posterior is a mixture.
         modes: weight of the first mode, beside the exact one; None for Gaussians.
+        pairs: simulated pairs of truth and data; of fields, slices.
         coverage: share of truths in central intervals, by nominal per cent.
+        half: what the coverage of exact draws varies by, half of its 95 % interval.
         sbc_p: p value that ranks are uniform, the least over the unknowns and the log likelihood,
             times their number; None for fields and for fewer than ten simulations.
         chi2: reduced residual of a sample over simulated pairs, 1 for an exact one.
@@ -181,12 +185,15 @@ class Row:
     problem: str
     method: str
     calls: int
+    n: int
     mean_error: float
     sd_ratio: float
     correlation: tuple[float, float] | None
     kl: float | None
     modes: tuple[float, float] | None
+    pairs: int
     coverage: Mapping[int, float]
+    half: Mapping[int, float]
     sbc_p: float | None
     chi2: float
     seconds: float
@@ -256,14 +263,19 @@ def calibration(toy: Toy, truth: Tensor, data: Tensor, draws: Tensor) -> dict[st
     likelihood = -misfit.double().reshape(n, DRAWS, 1)
     with_likelihood = torch.cat([samples, likelihood], dim=2)
     numbers = torch.cat([unknowns, -true_misfit.double()[:, None]], dim=1)
-    held = coverage(unknowns, samples, [level / 100 for level in LEVELS])
+    shares = coverage(unknowns, samples, [level / 100 for level in LEVELS])
     # of 16 bins as many as hold five simulations each; they have to divide the 80 ranks
     bins = next((b for b in (16, 10, 8, 5, 4, 2) if n >= 5 * b), None)
     return {
-        "coverage": dict(zip(LEVELS, held.held, strict=True)),
+        "coverage": dict(zip(LEVELS, shares.held, strict=True)),
         "sbc_p": ranks(numbers, with_likelihood, bins=bins).p if bins else None,
         "chi2": float(misfit.mean() / toy.operator.measured),
     }
+
+
+def binomial(share: float, count: int) -> float:
+    """Half of the 95 % interval of a share of ``count`` independent draws."""
+    return 1.96 * math.sqrt(share * (1 - share) / count)
 
 
 def measure(
@@ -281,8 +293,11 @@ def measure(
         problem=toy.name,
         method=label,
         calls=calls,
+        n=count,
         **moments(toy, draws),
+        pairs=simulations,
         **calibration(toy, truth, data, simulated),
+        half={level: binomial(level / 100, simulations) for level in LEVELS},
         seconds=time.monotonic() - started,
     )
 
@@ -333,6 +348,39 @@ def field(kind: str = "ct", side: int = 16, slices: int = 1, seed: int = 0) -> F
     return Field(f"Gaussian field, {kind.upper()}", prior, measurement, truth, exact)
 
 
+def held(
+    truth: Tensor, mean: Tensor, std: Tensor, samples: int, levels: Sequence[int]
+) -> dict[int, float]:
+    """Share of pixels whose truth lies in the interval of ``samples`` samples, by per cent."""
+    shares = {}
+    for level in levels:
+        low, high = interval(mean, std, samples, level / 100)
+        shares[level] = float(((truth > low) & (truth < high)).to(torch.float64).mean())
+    return shares
+
+
+def variation(
+    fixture: Field, samples: int, levels: Sequence[int], repeats: int = 100, seed: int = 0
+) -> dict[int, float]:
+    """Half of the 95 % interval of the coverage of exact draws.
+
+    Pixels of a slice are not independent, so that it is drawn: truth and samples of the posterior,
+    ``repeats`` times for each slice.
+    """
+    covariance = fixture.exact[0].covariance
+    d, n = len(covariance), len(fixture.exact)
+    factor = torch.linalg.cholesky(covariance + 1e-10 * torch.eye(d, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(seed)
+    shares = []
+    for _ in range(repeats):
+        z = torch.randn(samples + 1, n, d, generator=generator, dtype=torch.float64)
+        truth, *draws = z @ factor.T
+        x = torch.stack(draws)
+        shares.append(held(truth, x.mean(dim=0), x.std(dim=0), samples, levels))
+    spread = {level: torch.tensor([s[level] for s in shares]).std() for level in levels}
+    return {level: 1.96 * float(sd) for level, sd in spread.items()}
+
+
 def measure_field(
     fixture: Field,
     label: str,
@@ -357,22 +405,22 @@ def measure_field(
     mean, std = result.mean.real, result.std
     exact_mean = torch.stack([e.mean for e in fixture.exact]).reshape(truth.shape)
     exact_sd = fixture.exact[0].covariance.diagonal().sqrt().reshape(truth.shape[1:])
-    coverage = {}
-    for level in levels:
-        low, high = interval(mean, std, samples, level / 100)
-        coverage[level] = float(((truth > low) & (truth < high)).to(torch.float64).mean())
+    coverage = held(truth, mean, std, samples, levels)
     index = torch.arange(n).repeat_interleave(samples)
     chi2 = fixture.measurement.take(index).chi2(result.samples.flatten(0, 1))
     return Row(
         problem=fixture.name,
         method=label,
         calls=result.nfe,
+        n=n * samples,
         mean_error=float(((mean - exact_mean) / exact_sd).square().mean().sqrt()),
         sd_ratio=float((std / exact_sd).mean()),
         correlation=None,
         kl=None,
         modes=None,
+        pairs=n,
         coverage=coverage,
+        half=variation(fixture, samples, levels),
         sbc_p=None,
         chi2=float(chi2.mean()),
         seconds=result.seconds,
@@ -496,9 +544,9 @@ def dense(operator: LinearOperator) -> Tensor:
 def markdown(rows: Sequence[Row]) -> str:
     """The table."""
     lines = [
-        "| problem | method | calls | mean err/sd | sd ratio | corr (exact) | KL | mode (exact) "
-        "| coverage | SBC p | chi² | s |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| problem | method | network calls | n | mean err/sd | sd ratio | corr (exact) | KL "
+        "| mode (exact) | ± | pairs | coverage | ± | SBC p | χ² | s |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for r in rows:
         coverage = " ".join(f"{level}: {100 * c:.1f}" for level, c in r.coverage.items())
@@ -506,12 +554,16 @@ def markdown(rows: Sequence[Row]) -> str:
             r.problem,
             r.method,
             str(r.calls),
+            str(r.n),
             f"{r.mean_error:.3f}",
             f"{r.sd_ratio:.3f}",
             "" if r.correlation is None else f"{r.correlation[0]:.3f} ({r.correlation[1]:.3f})",
             "" if r.kl is None else f"{r.kl:.2g}",
             "" if r.modes is None else f"{r.modes[0]:.3f} ({r.modes[1]:.3f})",
+            "" if r.modes is None else f"{binomial(r.modes[1], r.n):.3f}",
+            str(r.pairs),
             coverage,
+            " ".join(f"{100 * h:.1f}" for h in r.half.values()),
             "" if r.sbc_p is None else f"{r.sbc_p:.2g}",
             f"{r.chi2:.3g}",
             f"{r.seconds:.1f}",

@@ -4,18 +4,14 @@ A benchmark is a list of named rows, each made by a function without arguments. 
 result file lacks are made and written one by one, so that a run that was cut short goes on where
 it stopped.  A file belongs to its settings, code and priors: rows of others are never mixed in.
 
-Intervals are Student's 95 % intervals of the mean over slices,
-
-.. math:: \bar x \pm t_{0.975,\,n-1}\, s / \sqrt n
-
-since slices are few; those of phantoms are of different bodies, so they are independent.
+Intervals are those of :func:`inverse.metrics.ci95`, Student's of the mean over slices.  Those of
+phantoms are of different bodies, so they are independent.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,11 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from scipy import stats
 
 import inverse
 import phantoms
 from inverse.errors import InputError, NoInputError, OutputError, ReconError
+from inverse.metrics import ci95
 from inverse.priors import load_prior
 
 __all__ = [
@@ -179,7 +175,7 @@ def page(benchmarks: Iterable[Benchmark], folder: Path, title: str = "Results") 
     head = (
         f"# {title}\n\nWritten by `recon benchmark all` from the JSON files beside the pictures, "
         "which have the value of every slice. ± is half the width of Student's 95 % interval of "
-        "the mean over slices; a gain is taken slice by slice. How to run one: "
+        "the mean over these slices; a gain is taken slice by slice. How to run one: "
         "[howto.md](howto.md#run-a-benchmark).\n"
     )
     return "\n".join([head, *parts])
@@ -207,10 +203,8 @@ def section(benchmark: Benchmark, result: Result, images: str) -> str:
 
 def half_width(values: ArrayLike) -> float | None:
     """Half of Student's 95 % interval of the mean; ``None`` of fewer than two values."""
-    v = np.asarray(values, np.float64)
-    if v.size < 2:
-        return None
-    return float(stats.t.ppf(0.975, v.size - 1) * v.std(ddof=1) / math.sqrt(v.size))
+    ends = ci95(values)
+    return None if ends is None else (ends[1] - ends[0]) / 2
 
 
 def plus_minus(values: ArrayLike, digits: int = 2) -> str:

@@ -84,7 +84,7 @@ def main() -> None:
             images[name] = solve(m)
             seconds = time.monotonic() - start
             chi2 = float(m.chi2(images[name])) if images[name].is_complex() else float("nan")
-            print(f"{name:32s} residual chi2 {chi2:8.3f}  {seconds:5.1f} s")
+            print(f"{name:32s} residual χ² {chi2:8.3f}  {seconds:5.1f} s")
     figure(m, images, given.out)
     print(f"wrote {given.out}")
 

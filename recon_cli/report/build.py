@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,8 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from inverse.volumes import extent
 from recon_cli.report import figures, pixels
 from recon_cli.report.content import SCORES, Output, load
 from recon_cli.report.figures import Window
@@ -133,12 +133,13 @@ def _verdict(output: Output) -> dict[str, Any] | None:
 
 def _windows(output: Output) -> list[Window]:
     """Windows of the page, the first one to begin with, and one of all values."""
-    whole = Window("All values", float(output.reference.min()), float(output.reference.max()))
+    whole = Window("All values", *extent(output.reference))
     windows = [*output.windows, whole]
     if output.unit == "HU":
-        share = np.mean(output.reference < -500)  # without air, soft tissue tells more
-        lungs = np.mean((output.reference > -950) & (output.reference < -500))
-        first = 0 if lungs > 0.1 * (1 - share) else 1
+        # without air, soft tissue tells more
+        low = sum(int((image < -500).sum()) for image in output.reference)
+        lungs = sum(int(((image > -950) & (image < -500)).sum()) for image in output.reference)
+        first = 0 if lungs > 0.1 * (math.prod(output.reference.shape) - low) else 1
         windows = [windows.pop(first), *windows]
     return windows
 
@@ -204,12 +205,12 @@ def _json_text(value: Any) -> Any:
     return Markup(text)  # its signs are escaped
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, texts: Iterable[str]) -> None:
     """Write by temporary and rename."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
+            stream.writelines(texts)
         umask = os.umask(0)
         os.umask(umask)
         Path(temporary).chmod(0o666 & ~umask)
@@ -247,7 +248,7 @@ def build(folder: Path, budget: int = pixels.BUDGET) -> Path:
     facts = _facts(output, layers, windows)
     run, prior = output.run, output.run.get("prior") or {}
     coverage = facts["coverage"]
-    page = environment.get_template("report.html.j2").render(
+    page = environment.get_template("report.html.j2").generate(
         run=run,
         label=run["settings"]["label"],
         metrics=output.metrics,

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from recon_cli.console import print_json
-from recon_cli.options import Json, command
+from recon_cli.errors import usage
+from recon_cli.options import Json, check_ending, command
 from recon_cli.runlog import SCHEMA_VERSION
 
 
@@ -55,7 +56,7 @@ def register(app: typer.Typer) -> None:
             typer.Option(
                 "--slice",
                 min=0,
-                help="Position of the overview's slice in the output.",
+                help="Position of the overview's slice in the output; needs --overview.",
                 show_default="the middle",
             ),
         ] = None,
@@ -64,6 +65,10 @@ def register(app: typer.Typer) -> None:
         """(Re)build the HTML report of an output folder from the files in it."""
         from recon_cli.report.build import build, draw_figures, draw_overview
 
+        if index is not None and overview is None:
+            raise usage("--slice is the slice of an overview; give --overview PNG too")
+        if overview is not None:
+            check_ending(overview, ".png")
         made: list[Path] = []
         if into is not None:
             made += draw_figures(folder, into)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from inverse.volumes import (
+    DiskVolume,
+    Volume,
+    order_statistics,
+    percentile,
+    slabs,
+)
 from recon_cli.report.figures import SHARE_MAP, SIGNED_MAP, STD_MAP, Window
 
 __all__ = ["SCORES", "Coverage", "Map", "Output", "load"]
@@ -27,8 +35,6 @@ CT_BODY = -500.0
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 GROUPS = 10
 SCORES = {"psnr": "PSNR in dB", "ssim": "SSIM", "nrmse": "NRMSE"}
-
-Volume = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ class Output:
         """Display windows: fixed for CT, from the values for MR."""
         if self.unit == "HU":
             return CT_WINDOWS
-        low, high = np.percentile(self.reference, (1.0, 99.7))
+        low, high = percentile(self.reference, (1.0, 99.7))
         return (Window("Auto", float(low), float(high)), Window("Signal", 0.0, float(high)))
 
     @cached_property
@@ -188,37 +194,32 @@ class Output:
         """Coverage of the intervals of the std, and std against error; inside the body."""
         import torch
 
-        from inverse.metrics import body_mask
         from inverse.trust import interval
 
         if self.truth is None or self.std is None or "prior" not in self.images:
             return None
-        body = CT_BODY if self.unit == "HU" else 0.1 * float(np.percentile(self.truth, 99))
-        mask = body_mask(self.truth, body) & (self.std > 0)
-        if int(mask.sum()) < GROUPS:
+        pixels = _Pixels(self.truth, self.images["prior"], self.std, self.unit)
+        if pixels.count < GROUPS:
             return None
-        error = np.abs(self.images["prior"] - self.truth)[mask].astype(np.float64)
-        std = self.std[mask].astype(np.float64)
         samples = int((self.run["settings"].get("reconstruction") or {}).get("samples", 2))
         zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
         factors = [float(interval(zero, one, samples, level)[1]) for level in LEVELS]
-        order = np.array_split(np.argsort(std, kind="stable"), GROUPS)
+        inside = np.zeros(len(factors), np.int64)
+        for error, std in pixels.pairs():
+            inside += [int((error <= factor * std).sum()) for factor in factors]
+        conformal = None
+        if self.interval is not None and self.trust.get("interval"):
+            promised = 100 * float(self.trust["interval"]["level"])
+            conformal = promised, 100 * pixels.share_between(*self.interval)
+        std_rms, rmse = pixels.by_rising_std(GROUPS)
         return Coverage(
             [100 * level for level in LEVELS],
-            [float(100 * np.mean(error <= factor * std)) for factor in factors],
-            [float(np.sqrt(np.mean(std[k] ** 2))) for k in order],
-            [float(np.sqrt(np.mean(error[k] ** 2))) for k in order],
+            [100 * (int(n) / pixels.count) for n in inside],
+            std_rms,
+            rmse,
             "inside the body",
-            self._conformal(mask),
+            conformal,
         )
-
-    def _conformal(self, mask: NDArray[np.bool_]) -> tuple[float, float] | None:
-        """Promised and measured share of the truth in the conformal intervals."""
-        if self.truth is None or self.interval is None or not self.trust.get("interval"):
-            return None
-        low, high = self.interval
-        inside = (self.truth >= low) & (self.truth <= high)
-        return 100 * float(self.trust["interval"]["level"]), 100 * float(inside[mask].mean())
 
     def captions(self, k: int) -> dict[str, str]:
         """PSNR of slice ``k`` by title."""
@@ -227,6 +228,70 @@ class Output:
             for name, entry in self.metrics["per_slice"][k].items()
             if name in self.images and entry.get("psnr") is not None
         }
+
+
+class _Pixels:
+    """Error and std of the pixels inside the body, a few slices at a time.
+
+    Args:
+        truth: reference.
+        image: the prior's.
+        std: standard deviation of its samples; pixels where it is 0 do not count.
+        unit: of all.
+    """
+
+    def __init__(self, truth: Volume, image: Volume, std: Volume, unit: str) -> None:
+        from inverse.metrics import body_mask
+
+        body = CT_BODY if unit == "HU" else 0.1 * float(percentile(truth, 99))
+        self._truth, self._image, self._std = truth, image, std
+        self._mask = DiskVolume(None, truth.shape, np.bool_)
+        self.count = 0
+        for part in slabs(len(truth)):
+            mask = body_mask(truth[part], body) & (std[part] > 0)
+            self._mask[part] = mask
+            self.count += int(mask.sum())
+
+    def pairs(self) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        """Absolute error and std."""
+        for part in slabs(len(self._truth)):
+            mask = self._mask[part]
+            error = np.abs(self._image[part] - self._truth[part])[mask]
+            yield error.astype(np.float64), self._std[part][mask].astype(np.float64)
+
+    def share_between(self, low: Volume, high: Volume) -> float:
+        """Share of them whose truth lies between two volumes."""
+        inside = 0
+        for part in slabs(len(self._truth)):
+            truth = self._truth[part]
+            found = (truth >= low[part]) & (truth <= high[part])
+            inside += int(found[self._mask[part]].sum())
+        return inside / self.count
+
+    def by_rising_std(self, groups: int) -> tuple[list[float], list[float]]:
+        """Root mean squares of std and error in groups of rising std, equally large.
+
+        Equal values go to groups in the order of the pixels, as a stable sort has it.
+        """
+        sizes = self.count // groups + (np.arange(groups) < self.count % groups)
+        starts = np.cumsum(sizes)[:-1]
+        firsts = order_statistics(lambda: (std for _, std in self.pairs()), starts)
+        # rank of the next pixel that equals the first one of a group
+        ranks = dict.fromkeys(firsts.tolist(), 0)
+        for _, std in self.pairs():
+            for value in ranks:
+                ranks[value] += int((std < value).sum())
+        squares = np.zeros((2, groups))
+        for error, std in self.pairs():
+            group = np.searchsorted(firsts, std, side="left")
+            for value, rank in ranks.items():
+                equal = np.flatnonzero(std == value)
+                group[equal] = np.searchsorted(starts, rank + np.arange(len(equal)), side="right")
+                ranks[value] += len(equal)
+            for total, values in zip(squares, (std, error), strict=True):
+                total += np.bincount(group, values**2, groups)
+        std_rms, rmse = np.sqrt(squares / sizes).tolist()
+        return std_rms, rmse
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -253,22 +318,25 @@ class _Series:
     spacing: tuple[float, float]
 
 
-def _series(folder: Path, name: str, run: Mapping[str, Any]) -> _Series | None:
+def _series(
+    folder: Path, name: str, run: Mapping[str, Any], scratch: Path | None
+) -> _Series | None:
     """A series of the output in its unit; MR files hold steps, whose size the run log knows."""
     from inverse.io.series import read_series
 
     if not (folder / name).is_dir():
         return None
-    series = read_series(folder / name)
+    series = read_series(folder / name, allocate=partial(DiskVolume, scratch))
     step = float(run["outputs"][name]["slope"])
-    slope = 1.0 if series.unit == "HU" else step
-    volume = np.asarray(series.array * np.float32(slope), np.float32)
-    return _Series(volume, step, (series.spacing[1], series.spacing[2]))
+    if series.unit != "HU":
+        for k, image in enumerate(series.array):
+            series.array[k] = image * np.float32(step)
+    return _Series(series.array, step, (series.spacing[1], series.spacing[2]))
 
 
 def _top(volume: Volume, least: float = 1e-12) -> float:
     """End of the colour scale of a map."""
-    return max(float(np.percentile(np.abs(volume), 99.7)), least)
+    return max(float(percentile(volume, 99.7, magnitude=True)), least)
 
 
 def _array(path: Path, shape: Sequence[int]) -> Volume:
@@ -276,15 +344,16 @@ def _array(path: Path, shape: Sequence[int]) -> Volume:
     from inverse.errors import InputError
 
     try:
-        array = np.load(path, allow_pickle=False)
+        array = DiskVolume.of_npy(path)
     except (OSError, ValueError):
         raise InputError(f"'{path}' is no NumPy array; run the reconstruction again") from None
-    if array.shape != tuple(shape) or array.dtype.kind != "f" or not np.isfinite(array).all():
+    whole = array.shape == tuple(shape) and array.dtype.kind == "f"
+    if not (whole and all(np.isfinite(image).all() for image in array)):
         raise InputError(
             f"'{path}' must hold finite values of shape {tuple(shape)}, got {array.dtype} "
             f"{array.shape}; run the reconstruction again"
         )
-    return array.astype(np.float32)
+    return array
 
 
 def _maps(folder: Path, unit: str, std: _Series | None, shape: Sequence[int]) -> dict[str, Map]:
@@ -348,7 +417,9 @@ def load(folder: Path) -> Output:
         names = ["truth", *metrics["methods"], "std"]
         where = {name: name if name in ("truth", "std") else f"baseline-{name}" for name in names}
         where["prior"] = "recon"
-        series = {name: _series(folder, where[name], run) for name in names}
+        # what the images take goes beside them, or to the system's place where that is read-only
+        scratch = folder if os.access(folder, os.W_OK) else None
+        series = {name: _series(folder, where[name], run, scratch) for name in names}
         truth, std = series.pop("truth"), series.pop("std")
         there = {name: found for name, found in series.items() if found is not None}
         if not there:

@@ -20,7 +20,7 @@ __all__ = ["build_pdf"]
 
 _PAGES = 3
 _A4 = (11.69, 8.27)  # inches, landscape
-_COLUMNS = ("method", "PSNR dB", "SSIM", "NRMSE", "residual chi2", "seconds", "network calls")
+_COLUMNS = ("method", "PSNR dB", "SSIM", "NRMSE", "residual χ²", "seconds", "network calls")
 
 
 def _page() -> Figure:

@@ -19,9 +19,12 @@ import base64
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+
+from inverse.volumes import Volume, extent
 
 __all__ = ["BUDGET", "Layer", "fit", "pack", "unpack"]
 
@@ -29,8 +32,6 @@ BUDGET = 24_000_000
 """Bytes of pixel data in a page; its other parts fit into the rest of 25 MB."""
 PROBES = 3
 TOP = 2**16 - 1
-
-Volume = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,26 @@ class Layer:
     @classmethod
     def of(cls, key: str, volume: Volume, step: float, bits: int) -> Layer:
         """A layer of at most ``bits`` bits, in steps of ``step`` times a power of two."""
-        span = float(volume.max()) - float(volume.min())
+        low, high = extent(volume)
+        span = high - low
         while span > step * (2**bits - 1):
             step *= 2
         return cls(key, volume, step)
 
+    @cached_property
+    def extent(self) -> tuple[float, float]:
+        """Least and greatest value."""
+        return extent(self.volume)
+
     @property
     def base(self) -> float:
         """Value of level 0, a multiple of the step."""
-        return float(np.floor(float(self.volume.min()) / self.step)) * self.step
+        return float(np.floor(self.extent[0] / self.step)) * self.step
 
     @property
     def levels(self) -> int:
         """Number of levels."""
-        return min(int(np.rint((float(self.volume.max()) - self.base) / self.step)), TOP) + 1
+        return min(int(np.rint((self.extent[1] - self.base) / self.step)), TOP) + 1
 
     def packed(self, k: int) -> str:
         """Slice ``k`` as text."""

@@ -497,7 +497,8 @@ const plots = new Map(); // node -> specification, to draw again when its width 
 /** Axes of a plot: its frame, the ranges of x and y, and the maps from values to pixels. */
 function axesOf(spec, width) {
   const { lines, log, names } = spec;
-  const height = names ? 50 + 40 * names.length : Math.min(260, 120 + width / 4);
+  const usual = Math.min(260, 120 + width / 4);
+  const height = names ? Math.max(usual, 50 + 40 * names.length) : usual; // as the plot beside it
   const left = names ? Math.min(130, 0.34 * width) : 54;
   const frame = { left, right: width - 12, top: 10, bottom: height - 40 };
   const defined = (v) => Number.isFinite(v) && (!log || v > 0); // no logarithm of 0
@@ -839,9 +840,11 @@ function press(event) {
 
 function listen() {
   const stage = byId("stage");
+  const ratio = (columns * spacing[1]) / (rows * spacing[0]);
+  stage.style.setProperty("--ratio", ratio); // bounds the height of the image
   stage.addEventListener("keydown", press);
   for (const canvas of stage.querySelectorAll("canvas")) {
-    canvas.style.aspectRatio = `${columns * spacing[1]} / ${rows * spacing[0]}`;
+    canvas.style.aspectRatio = ratio;
     canvas.addEventListener("pointerdown", (e) => down(canvas, e));
     canvas.addEventListener("pointermove", (e) => move(canvas, e));
     canvas.addEventListener("pointerup", (e) => up(canvas, e));
