@@ -271,7 +271,6 @@ class Cropping(Denoiser):
         ({"positions": [0, 1.5]}, "positions must be a whole number, got 1.5"),
         ({"z_mm": [0.0]}, "must number the 2 slices"),
     ],
-    ids=str,
 )
 def test_slips_are_told_in_a_sentence(changes: dict, says: str) -> None:
     given = {"measurement": ct(slices=2, n=8), "prior": network(), **changes}
