@@ -69,6 +69,7 @@ def _phantom(folder: Path, slices: int, matrix: int, photons: float, views: int,
         simulated=True,
         slices=range(slices),
         phantom=True,
+        z_mm=heights,
     )
 
 

@@ -337,6 +337,8 @@ def test_demo(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     phantom, truth = read_series(out / "phantom"), read_series(out / "truth")
     np.testing.assert_allclose(phantom.array, truth.array, atol=1.0)
     assert {p.name for p in out.iterdir()} >= {"recon", "std", "baseline-fbp", "baseline-tv"}
+    codes = {warning["code"] for warning in json.loads((out / "run.json").read_text())["warnings"]}
+    assert "NO_POSITIONS" not in codes  # slices are coupled at their true distance
 
 
 def test_inspect(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
