@@ -196,7 +196,8 @@ SUBJECTS: dict[str, Subject] = {
         BRAIN, "signal", 2, 0.03, "what white matter encloses",
         "Cartesian, noise 0.005 of the signal. The object of one coil is real, and its k-space is "
         "the FFT on the reconstruction's own grid; that of several coils has a smooth phase and "
-        "is seen through Biot-Savart fields on twice the grid, the maps calibrated from the data",
+        "is seen through Biot-Savart fields on twice the grid, the maps calibrated from the data; "
+        "beyond the maps nothing is compared",
     ),
 }  # fmt: skip
 """By modality."""
