@@ -17,7 +17,6 @@ from torch import Tensor
 from inverse.errors import CheckpointError, InputError, ResourceError, UnsupportedError
 from inverse.measurement import CHI2_HIGH, Measurement
 from inverse.memory import is_exhausted, peak_bytes
-from inverse.operators.coils import estimated_phase
 from inverse.operators.linop import (
     ComplexFromChannels,
     ComplexFromReal,
@@ -26,6 +25,7 @@ from inverse.operators.linop import (
     LinearOperator,
 )
 from inverse.operators.mri import Sense
+from inverse.operators.phase import estimated_phase
 from inverse.operators.resample import ThickSlices, Upsample
 from inverse.posterior.methods import METHODS
 from inverse.posterior.problem import Problem
@@ -150,8 +150,8 @@ def reconstruct(
         device: default the measurement's.
         callback: progress, called as ``callback(done, total)`` in network steps.
         phase: how a prior of real images serves complex ones: as :math:`x = m\,e^{i\varphi}` with
-            real m, the phase estimated from the data at low resolution (see
-            :func:`inverse.operators.coils.estimated_phase`) or known to be zero.  A prior of
+            real m, the phase estimated from the data (see
+            :func:`inverse.operators.phase.estimated_phase`) or known to be zero.  A prior of
             complex images needs neither.
         options: further options of the method.
         positions: index of each slice in its series, no two the same; default its index in the
@@ -282,7 +282,11 @@ class Plan:
         if self.device != measurement.data.device:
             prior = copy.deepcopy(prior).to(self.device)  # the caller's prior stays where it is
         volumes = len(measurement.operator.in_shape) == 3
-        prior, self.embedding, self.remarks = _adapt(prior, self.target, phase)
+        prior, self._embedding, self.remarks = _adapt(prior, self.target)
+        needs_phase = _needs_phase(prior, self.target.operator)
+        self._phasors: dict[int, Tensor] | None = (
+            {} if needs_phase and phase == "estimated" else None
+        )
         self.z_mm = self._check_coupling(z_mm, prior, volumes)
         if samples > 1 and self.method.spread != "posterior":
             none = self.method.spread == "none"
@@ -294,13 +298,8 @@ class Plan:
             )
         self.offset, self.scale = _affine(prior, self.target)
         operator = self.target.operator
-        self._counter = CountedOperator(
-            operator if self.embedding is None else operator @ self.embedding
-        )
-        self._inner = replace(self.target, operator=self._counter).rescaled(
-            self.offset, self.scale
-        )
-        self._counter.tally[0] = 0
+        self._tally = [0]
+        self._shape = operator.in_shape if self._embedding is None else self._embedding.in_shape
         self._counted = CountedDenoiser(prior)
         self._planes = {p: CountedDenoiser(d) for p, d in (self.coupling.planes or {}).items()}
         self.limit = 8 if batch is None else batch
@@ -316,7 +315,7 @@ class Plan:
             "prior_sha256": prior.card.sha256 if isinstance(prior, NetworkPrior) else None,
             "offset": self.offset,
             "scale": self.scale,
-            "phase": phase if _needs_phase(prior, operator) else None,
+            "phase": phase if needs_phase else None,
             **(self.coupling.settings() if self.coupling.kind != "none" else {}),
         }
 
@@ -385,7 +384,7 @@ class Plan:
 
     def _noise(self, pairs: Sequence[tuple[int, int]]) -> Noise:
         """Randomness of some samples, by seed and position only."""
-        shape = self._counter.in_shape
+        shape = self._shape
         if self.coupling.kind == "noise":
             places = [(self.z_mm[z], k) for z, k in pairs]
             length = self.coupling.length_mm
@@ -413,16 +412,34 @@ class Plan:
     ) -> Tensor:
         """Samples of some pairs together, physical units, on the CPU."""
         index = torch.tensor([z for z, _ in pairs], device=self.device)
+        target, embedding = self.target.take(index), self._images_of(index)
+        operator = target.operator if embedding is None else target.operator @ embedding
+        before = self._tally[0]
+        inner = replace(target, operator=CountedOperator(operator, self._tally))
+        inner = inner.rescaled(self.offset, self.scale)
+        self._tally[0] = before  # of what the method does
         problem = Problem(
-            self._prior(pairs),
-            self._inner.take(index),
-            self._noise(pairs),
-            progress,
-            self.offset,
-            self.scale,
+            self._prior(pairs), inner, self._noise(pairs), progress, self.offset, self.scale
         )
         x = self.offset + self.scale * self.method.run(problem, **options)
-        return (x if self.embedding is None else self.embedding.take(index)(x)).cpu()
+        return (x if embedding is None else embedding(x)).cpu()
+
+    def _images_of(self, index: Tensor) -> LinearOperator | None:
+        """From the prior's images of some slices to theirs; ``None`` where they are the same.
+
+        The phase of a slice is estimated when its first sample is drawn, by the process that
+        draws it, and kept while its samples last.
+        """
+        embedding = None if self._embedding is None else self._embedding.take(index)
+        if self._phasors is None:
+            return embedding
+        for z in set(index.tolist()) - self._phasors.keys():
+            one = self.target.take(torch.tensor([z], device=self.device))
+            self._phasors[z] = estimated_phase(one.operator, one.data).weight
+        self._phasors = {z: self._phasors[z] for z in index.tolist()}
+        phasors = torch.cat([self._phasors[z] for z in index.tolist()])
+        phase = Diagonal(phasors, self.target.operator.in_shape, torch.complex64)
+        return phase if embedding is None else phase @ embedding
 
     # --- computing ---------------------------------------------------------------------------
 
@@ -445,7 +462,7 @@ class Plan:
                 if not is_exhausted(error):
                     raise
                 if self.limit == 1:
-                    shape = " x ".join(map(str, self._counter.in_shape))
+                    shape = " x ".join(map(str, self._shape))
                     raise ResourceError(
                         f"out of memory with one image of {shape} at a time; use a machine with "
                         "more, a method without the network's gradient, or a smaller image"
@@ -463,7 +480,7 @@ class Plan:
         done, calls, results = 0, 0, []
         for first in range(0, len(part.pairs), size):
             pairs = part.pairs[first : first + size]
-            tally = self._counter.tally[0]
+            tally = self._tally[0]
 
             def step(i: int, _: int, done: int = done, count: int = len(pairs)) -> None:
                 if progress is not None:
@@ -471,7 +488,7 @@ class Plan:
 
             results.append(self._sample(pairs, self.options, step))
             done += int(self.options["steps"]) * len(pairs)
-            calls = max(calls, self._counter.tally[0] - tally)
+            calls = max(calls, self._tally[0] - tally)
         return Batch(
             torch.cat(results)[part.kept.start : part.kept.stop],
             self._images() - images,
@@ -683,13 +700,13 @@ def _of_plane(
 
 
 def _adapt(
-    prior: Denoiser, measurement: Measurement, phase: str
+    prior: Denoiser, measurement: Measurement
 ) -> tuple[Denoiser, LinearOperator | None, list[Remark]]:
     """Fit prior and measurement to each other: modality, pixel size and channels.
 
     Returns:
         The prior at the pixel size it will see; the operator from its images to those of the
-        measurement, ``None`` where they are the same; remarks for the user.
+        measurement but for their phase, ``None`` where they are the same; remarks for the user.
     """
     remarks: list[Remark] = []
     embedding: LinearOperator | None = None
@@ -735,8 +752,6 @@ def _adapt(
             )
         split = ComplexFromChannels(sides) if channels == 2 else ComplexFromReal(sides)
         embedding = split if embedding is None else embedding @ split
-        if _needs_phase(prior, operator) and phase == "estimated":
-            embedding = estimated_phase(operator, measurement.data) @ embedding
         if isinstance(operator, Sense) and not bool(operator.support.all()):
             # else the prior would draw what it likes where no coil sees
             seen = operator.support.to(torch.complex64)

@@ -1,4 +1,4 @@
-"""Coils: whitening, compression, ESPIRiT against known maps and against BART, the phase."""
+"""Coils: whitening, compression, ESPIRiT against known maps and against BART."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ from inverse.operators.coils import (
     combine_coils,
     compression_matrix,
     espirit,
-    estimated_phase,
-    low_resolution_phase,
     mix_coils,
     noise_covariance,
     noise_level,
     whitening_matrix,
 )
-from inverse.operators.mri import CartesianMRI, cartesian_mask, centred_fft, centred_ifft
+from inverse.operators.mri import cartesian_mask, centred_fft, centred_ifft
 from phantoms.coils import CoilArray, loop_field
 from phantoms.shapes import shepp_logan
 
@@ -193,35 +191,6 @@ def test_espirit_agrees_with_bart(tmp_path: Path) -> None:
     difference = (ours.maps - phase * theirs).abs().square().sum(0).sqrt()[inside]
     assert float(difference.median()) < 1e-3
     assert float(difference.quantile(0.99)) < 0.01
-
-
-# --- phase -------------------------------------------------------------------------------------
-
-
-def test_low_resolution_phase_of_an_undersampled_image() -> None:
-    row = (torch.arange(N) - N / 2)[:, None] / N
-    turn = 1.2 * torch.cos(2 * row) * torch.cos(1.5 * row.T + 0.3)
-    magnitude = torch.from_numpy(shepp_logan(220.0).image((N, N), 220.0 / N))
-    image = torch.polar(magnitude, turn)[None]
-    op = CartesianMRI(cartesian_mask((N, N), 3.0, 0.15, "gaussian2d"))
-    phasor = estimated_phase(op, op(image)).weight
-    torch.testing.assert_close(phasor.abs(), torch.ones(1, N, N))
-    inside = magnitude > 0.15
-    error = torch.angle(phasor[0] * torch.polar(torch.ones(N, N), -turn))[inside]
-    assert float(error.abs().quantile(0.95)) < 0.1
-    zero = low_resolution_phase(torch.zeros(1, 8, 8, dtype=torch.complex64))
-    assert torch.equal(zero, torch.ones_like(zero))
-
-
-def test_low_resolution_phase_ignores_samples_beyond_the_centre() -> None:
-    mask = cartesian_mask((N, N), 3.0, 0.2, "gaussian2d")
-    k = laws.random((1, N, N), torch.complex64, 0)
-    other = k.clone()
-    low, high = N // 2 - 4, N // 2 + 4
-    other[:, :low] *= 3.0
-    other[:, :, high:] = 0.0
-    a, b = (low_resolution_phase(centred_ifft(v), mask) for v in (k, other))
-    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 # --- Biot-Savart -------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ from torch import Tensor
 from inverse.classical.linear import cgls
 from inverse.errors import InputError, NumericalError, UnsupportedError
 from inverse.measurement import Measurement
-from inverse.operators.coils import estimated_phase
 from inverse.operators.linop import ComplexFromReal
 from inverse.operators.mri import CartesianMRI, Sense, centred_ifft
+from inverse.operators.phase import estimated_phase
 
 __all__ = ["L1_WEIGHT", "cg_sense", "l1_wavelet", "phased", "root_sum_of_squares"]
 

@@ -1,4 +1,4 @@
-r"""Receive coils: noise prewhitening, compression, ESPIRiT sensitivities, and the image's phase.
+r"""Receive coils: noise prewhitening, compression and ESPIRiT sensitivities.
 
 k-space of several coils is ``(..., coils, H, W)``, complex, zero frequency at ``n // 2``, with
 zeros where nothing was measured.  Noise of covariance :math:`\Psi` is
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from inverse.errors import GeometryError, InputError
-from inverse.operators.linop import Diagonal, LinearOperator
-from inverse.operators.mri import CartesianMRI, Sense, centred_fft, centred_ifft
+from inverse.operators.mri import centred_ifft
 from inverse.operators.patterns import calibration_centre, central_box
 
 __all__ = [
@@ -26,8 +25,6 @@ __all__ = [
     "compression_matrix",
     "espirit",
     "espirit_volume",
-    "estimated_phase",
-    "low_resolution_phase",
     "mix_coils",
     "noise_covariance",
     "noise_level",
@@ -36,7 +33,6 @@ __all__ = [
 
 _SMALLEST = 1e-6  # a noise variance below this share of the largest is a dead channel
 _EMPTY = 1e-4  # sections of a volume below this share of the largest energy show no object
-_PHASE_SHARE = 1 / 8  # of k-space, at most, for a low-resolution phase
 
 
 # --- channels: noise and compression -----------------------------------------------------------
@@ -332,49 +328,3 @@ def _principal(correlation: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Ten
 def combine_coils(images: Tensor, maps: Tensor) -> Tensor:
     r""":math:`\sum_c \bar S_c x_c`: coil images ``(..., coils, H, W)`` to one image."""
     return (images * maps.conj()).sum(dim=-3)
-
-
-# --- phase -------------------------------------------------------------------------------------
-
-
-def estimated_phase(operator: LinearOperator, data: Tensor) -> Diagonal:
-    r"""``diag(exp(i phi))``, one map a slice: the phase of :math:`A^H y` at low resolution.
-
-    With it a prior of real images serves complex ones, :math:`x = \mathrm{diag}(e^{i\varphi})\,m`.
-
-    Args:
-        operator: acts on complex images.
-        data: ``(slices, *operator.out_shape)``.
-    """
-    mask = operator.mask if isinstance(operator, CartesianMRI | Sense) else None
-    phasor = low_resolution_phase(operator.adjoint(data), mask)
-    return Diagonal(phasor, operator.in_shape, torch.complex64)
-
-
-def low_resolution_phase(image: Tensor, mask: Tensor | None = None) -> Tensor:
-    r"""Unit phasors :math:`e^{i\varphi}` of an image's low spatial frequencies.
-
-    A Hann window of the sides of the mask's fully sampled centre, at most an eighth of k-space,
-    leaves what does not depend on the samples that are missing.
-
-    Args:
-        image: zero-filled or other first image, complex ``(slices, *shape)``.
-        mask: boolean k-space mask of ``shape``; default all measured.
-
-    Returns:
-        complex64 of the image's shape; 1 where the smoothed image vanishes.
-
-    Source: Noll, Nishimura and Macovski, IEEE Trans. Med. Imaging 10 (1991).
-    """
-    shape = tuple(image.shape[1:])
-    known = torch.ones(shape, dtype=torch.bool) if mask is None else mask
-    sides = calibration_centre(known)
-    window = torch.ones((), device=image.device)
-    for axis, (n, side) in enumerate(zip(shape, sides, strict=True)):
-        width = max(2.0, min(float(side), _PHASE_SHARE * n))
-        offset = (torch.arange(n, device=image.device) - n // 2).abs() / width
-        hann = torch.where(offset < 0.5, torch.cos(math.pi * offset) ** 2, 0.0)
-        window = window * hann.reshape([-1 if k == axis else 1 for k in range(len(shape))])
-    smooth = centred_ifft(window * centred_fft(image, len(shape)), len(shape))
-    phasor = torch.sgn(smooth)
-    return torch.where(phasor == 0, 1.0 + 0.0j, phasor).to(torch.complex64)

@@ -2,7 +2,8 @@
 
 Every variant is trained from scratch with the same images, seed and number of steps, so that the
 errors rank architectures at that budget and not beyond it; a larger network gains more from a
-longer one.  A call is one image under the arithmetic that reconstruction uses here (bfloat16
+longer one.  What each is worth in a reconstruction, a sparse-view scan of the slices that judge
+says.  A call is one image under the arithmetic that reconstruction uses here (bfloat16
 where the processor has it), on one thread; its time is the least processor time of several runs,
 which other work on the machine does not lengthen much.
 """
@@ -20,11 +21,15 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from inverse.priors import NetworkConfig, NetworkPrior, PriorCard, UNet
+from inverse.operators.ct import ParallelBeam
+from inverse.priors import NetworkConfig, NetworkPrior, PriorCard, UNet, load_prior
+from inverse.reconstruct import reconstruct
 from inverse.training.data import Augmentation, ImageSet, load_images
 from inverse.training.loop import TrainConfig, train
 from phantoms.benchmarks import harness
 from phantoms.benchmarks.harness import Benchmark, Task, check, table
+from phantoms.benchmarks.problems import hu_case
+from phantoms.simulate import simulate_ct
 from phantoms.slices import chest_slices
 
 VARIANTS: Mapping[str, NetworkConfig] = {
@@ -34,6 +39,7 @@ VARIANTS: Mapping[str, NetworkConfig] = {
     "three levels": NetworkConfig(widths=(32, 64, 128)),
     "no patches": NetworkConfig(widths=(16, 32, 64, 96, 144), patch=1),
     "patches of 4": NetworkConfig(widths=(64, 96, 144), patch=4),
+    "wide, patches of 4": NetworkConfig(widths=(80, 128, 192), patch=4),
     "base": NetworkConfig(widths=(64, 128, 192, 256), blocks=3),
 }
 """Networks that are compared; all but where the name says so have two blocks and patches of 2."""
@@ -44,6 +50,9 @@ HELD_OUT = ("TCGA-LUSC", "ACRIN-FLT-Breast", "RIDER Pilot", "Lung-Fused-CT-Patho
 
 LEVELS = ("0.05", "0.2", "0.5", "1", "2")
 """Noise levels that are shown, prior units of 500 HU."""
+
+VIEWS, CALLS = 23, 20
+"""Views and network calls of the reconstructions."""
 
 _CARD = PriorCard(
     name="architecture",
@@ -70,6 +79,8 @@ class Settings:
         data: stack with a table of collections (see :data:`TRAINING`); empty for random chests.
         chests: random chests that train where there is no ``data``; a quarter as many judge.
         runs: calls that are timed.
+        patients: patients of those that judge, a slice of each is reconstructed from
+            :data:`VIEWS` views.
         seed: of training.
     """
 
@@ -80,6 +91,7 @@ class Settings:
     data: str = ""
     chests: int = 40
     runs: int = 3
+    patients: int = 6
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,6 +100,7 @@ class Settings:
         check(self.steps >= 0, f"steps must be at least 0, got {self.steps}")
         check(self.runs >= 1, f"runs must be at least 1, got {self.runs}")
         check(self.chests >= 4, f"chests must be at least 4, got {self.chests}")
+        check(self.patients >= 1, f"patients must be at least 1, got {self.patients}")
 
 
 def flops(net: UNet, side: int) -> int:
@@ -127,8 +140,24 @@ def images(data: str, chests: int) -> tuple[ImageSet, ImageSet]:
     return chest_slices(range(first, first + chests)), chest_slices(judges)
 
 
-def error(config: NetworkConfig, settings: Settings) -> Mapping[str, float]:
-    """Held-out denoising RMSE by noise level after ``settings.steps`` steps."""
+@dataclass(frozen=True)
+class Quality:
+    """What a network is worth after ``Settings.steps`` training steps.
+
+    Attributes:
+        rmse: held-out denoising error by noise level, prior units.
+        seconds: processor time of the training, validation included.
+        psnr: of the patients' slices from :data:`VIEWS` views and :data:`CALLS` network calls,
+            in dB inside the body.
+    """
+
+    rmse: Mapping[str, float]
+    seconds: float
+    psnr: tuple[float, ...]
+
+
+def trained(config: NetworkConfig, settings: Settings) -> Quality:
+    """Train a network and judge it."""
     own, held = images(settings.data, settings.chests)
     training = TrainConfig(
         steps=settings.steps,
@@ -142,8 +171,26 @@ def error(config: NetworkConfig, settings: Settings) -> Mapping[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "prior.safetensors")
         moves = Augmentation(pixel_mm=_CARD.pixel_mm_range)
+        start = time.process_time()
         done = train([own], held, config, training, _CARD, folder, out, augmentation=moves)
-    return dict(done.training["validation_rmse"])
+        spent = time.process_time() - start
+        psnr = sparse_view(load_prior(out), held, settings.patients)
+    return Quality(dict(done.training["validation_rmse"]), spent, psnr)
+
+
+def sparse_view(prior: NetworkPrior, held: ImageSet, patients: int) -> tuple[float, ...]:
+    """PSNR of one slice each of the first patients, :data:`VIEWS` views, 1e5 photons a bin."""
+    found = []
+    for patient in held.patients[:patients]:
+        members = held.members[patient]
+        k = members[len(members) // 2]
+        hu, pixel = held.images[k], float(held.pixel_mm[k])
+        beam = ParallelBeam.sparse(VIEWS, hu.shape, pixel)
+        scan = simulate_ct(hu[None], pixel, beam, matrix=hu.shape[0], photons=1e5)
+        case = hu_case(patient, scan, prior)
+        result = reconstruct(case.measurement, case.prior, steps=CALLS)
+        found += case.quality(result.mean)["psnr"]
+    return tuple(found)
 
 
 def tasks(settings: Settings) -> Iterator[Task]:
@@ -154,7 +201,8 @@ def tasks(settings: Settings) -> Iterator[Task]:
         torch.manual_seed(0)
         net = UNet(config)
         parameters = sum(p.numel() for p in net.parameters())
-        rmse = error(config, settings) if settings.steps else {}
+        done = trained(config, settings) if settings.steps else None
+        rmse = done.rmse if done else {}
         return {
             "widths": list(config.widths),
             "blocks": config.blocks,
@@ -165,6 +213,8 @@ def tasks(settings: Settings) -> Iterator[Task]:
             "seconds": {str(side): seconds(net, side, settings.runs) for side in (256, 512)},
             "rmse": rmse,
             "mean_rmse": math.exp(sum(map(math.log, rmse.values())) / len(rmse)) if rmse else None,
+            "training_seconds": done.seconds if done else None,
+            "psnr": list(done.psnr) if done else [],
         }
 
     for name in settings.variants:
@@ -186,11 +236,17 @@ def markdown(rows: Mapping[str, harness.Row]) -> str:
     judged = {name: r for name, r in rows.items() if r["rmse"]}
     if judged:
         errors = [
-            [name, *(f"{r['rmse'][v]:.4f}" for v in LEVELS), f"{r['mean_rmse']:.4f}"]
+            [name, *(f"{r['rmse'][v]:.4f}" for v in LEVELS), f"{r['mean_rmse']:.4f}",
+             f"{sum(r['psnr']) / len(r['psnr']):.2f}", f"{r['training_seconds']:.0f}"]
             for name, r in judged.items()
-        ]
-        title = ("network", *(f"σ = {v}" for v in LEVELS), "geometric mean")
-        text += "\nHeld-out denoising RMSE, prior units of 500 HU:\n\n" + table(title, errors)
+        ]  # fmt: skip
+        title = ("network", *(f"σ = {v}" for v in LEVELS), "geometric mean",
+                 f"dB, {VIEWS} views", "training, s")  # fmt: skip
+        text += (
+            "\nHeld-out denoising RMSE in prior units of 500 HU, mean PSNR of held-out slices in "
+            f"the body ({CALLS} network calls), and processor time of the training:\n\n"
+            + table(title, errors)
+        )
     return text
 
 
