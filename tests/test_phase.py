@@ -97,7 +97,7 @@ def test_the_unit_of_the_data_does_not_matter() -> None:
 
 def test_cosines_have_an_adjoint_and_unit_mean_square() -> None:
     cosines = _Cosines((6, 20, 24), torch.device("cpu"))
-    assert cosines.sides == (6, 8, 8)
+    assert cosines.sides == (6, 16, 16)
     c, image = (
         laws.random(cosines.sides, torch.float32, 0),
         laws.random((1, 6, 20, 24), torch.float32, 1),

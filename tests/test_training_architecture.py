@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,8 @@ def test_rows_are_made_of_cost_and_of_error_after_the_same_training(
 
 def test_patients_that_judge_do_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(architecture, "chest_slices", set)
-    own, held = architecture.images("", 40)
+    sets: Any = architecture.images("", 40)
+    own, held = sets
     assert (len(own), len(held)) == (40, 10)
     assert not own & held
     assert not set(architecture.TRAINING) & set(architecture.HELD_OUT)

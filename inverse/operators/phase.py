@@ -19,8 +19,9 @@ from inverse.operators.patterns import calibration_centre
 __all__ = ["estimated_phase", "low_resolution_phase"]
 
 _SHARE = 1 / 8  # of k-space, at most, for the low-resolution phase
-_COSINES = 8  # along an axis: half-waves, so that the map turns at most 3.5 times over the field
-_TAU = 0.5  # radians: coefficient k of the map has the prior std tau / (1 + |k|^2)
+_COSINES = 16  # along an axis: half-waves, so that the map turns at most 7.5 times over the field
+_TAU = 0.5  # radians
+_DECAY = 3  # coefficient k of the map has the prior std tau / (1 + |k|^2)^(3/2)
 _PASSES = 4  # magnitude and phase in turn; more change the error by less than a tenth
 _MAGNITUDE_STEPS, _PHASE_STEPS = 12, 8  # of conjugate gradients
 _RIDGE = 0.01  # relative to the operator's square
@@ -35,7 +36,7 @@ def estimated_phase(operator: LinearOperator, data: Tensor) -> Diagonal:
     .. math::
         m \leftarrow \arg\min_m \|A(e^{i\varphi} m) - y\|^2 + \rho\|m\|^2,\qquad
         c \leftarrow \arg\min_c \frac{\|A(m\,e^{i\varphi(c)}) - y\|^2}{2 s^2}
-        + \sum_k \frac{(1 + |k|^2)^2}{2\tau^2}\, c_k^2
+        + \sum_k \frac{(1 + |k|^2)^3}{2\tau^2}\, c_k^2
 
     m real and then cut off below 0, by conjugate gradients; :math:`\varphi(c)` the map at the
     start plus few cosines, by one Gauss-Newton step a pass; :math:`s` the root-mean-square
@@ -180,7 +181,7 @@ class _Cosines:
         self.sides = tuple(len(waves) for waves in self.axes)
         grids = torch.meshgrid(*(torch.arange(n) for n in self.sides), indexing="ij")
         square = torch.stack([g.float() ** 2 for g in grids]).sum(dim=0)
-        self.precision = ((1 + square) ** 2 / _TAU**2).to(device)
+        self.precision = ((1 + square) ** _DECAY / _TAU**2).to(device)
 
     def __call__(self, c: Tensor) -> Tensor:
         """``(*sides) -> (*shape)``."""
