@@ -18,7 +18,7 @@ import torch
 
 from inverse.errors import InputError, NoInputError, OutputError, ReconError
 from inverse.priors import load_prior
-from phantoms.benchmarks import ct, fewstep, generalisation, harness, problems
+from phantoms.benchmarks import ct, fewstep, generalisation, harness, mri, problems
 from phantoms.benchmarks.catalogue import BENCHMARKS, CalibrationSettings, LesionSettings
 from phantoms.benchmarks.harness import Benchmark, half_width, page, plus_minus, read, run
 
@@ -287,3 +287,12 @@ def test_a_rerun_lies_within_the_committed_intervals(name: str, rows: tuple[str,
             half = half_width(old[metric])
             assert half is not None
             assert np.mean(found[metric]) == pytest.approx(np.mean(old[metric]), abs=half)
+
+
+def test_another_pattern_is_another_scan() -> None:
+    settings, prior = mri.Settings(slices=1, matrix=128), load_prior("brain-small")
+    a, b, c = (
+        problems.mr_case(settings, prior, 4.0, coils=4, phase=1.0, seed=seed) for seed in (1, 2, 1)
+    )
+    assert not torch.equal(a.measurement.data != 0, b.measurement.data != 0)
+    assert torch.equal(a.measurement.data, c.measurement.data)

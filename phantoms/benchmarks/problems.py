@@ -328,6 +328,7 @@ def mr_case(
     coils: int = 1,
     phase: float = 0.0,
     noise: float = 0.005,
+    seed: int = 0,
 ) -> Case:
     """Cartesian MRI of brains, or of the images at ``settings.data``.
 
@@ -338,6 +339,7 @@ def mr_case(
         coils: receive coils.
         phase: amplitude of the object's smooth phase in radians.
         noise: noise std relative to the brightest signal.
+        seed: of the sampling pattern, the phase and the noise.
     """
     if settings.data:
         images, pixel = mr_images(Path(settings.data), settings.slices)
@@ -351,6 +353,7 @@ def mr_case(
         coils=coils,
         phase=phase,
         noise=noise,
+        seed=seed,
     )
     return _mr(f"MRI, {acceleration:g}x, {coils} coil{'s' * (coils > 1)}", scan, prior)
 
