@@ -73,6 +73,8 @@ NOISE = 0.01
 """Of MRI, relative to the brightest signal: what ``recon study mri`` simulates by default."""
 CENTRE = 0.08
 """Fully sampled share of k-space, likewise."""
+PHASE = 1.0
+"""Greatest phase of the images in radians, as measured ones have some that must be estimated."""
 WHOLE = 0.5
 """Least area of a brain's slice, relative to the patient's largest."""
 
@@ -245,6 +247,7 @@ def scan(subject: Subject, modality: str, amount: float, number: int) -> Simulat
         (subject.pixel_mm, subject.pixel_mm),
         acceleration=amount,
         centre_fraction=CENTRE,
+        phase=PHASE,
         noise=NOISE,
         seed=number,  # of the pattern too, as patients differ in it
         positions=[number],
@@ -600,7 +603,8 @@ def markdown(about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str
             "a patient."
             if about["modality"] == "CT"
             else f"a patient, of at least {WHOLE:g} of "
-            f"its largest area; Cartesian, one coil, noise {NOISE:g}, centre {CENTRE:g}."
+            f"its largest area; Cartesian, one coil, noise {NOISE:g}, centre {CENTRE:g}, a "
+            f"smooth phase of at most {PHASE:g} rad."
         ),
         "",
         f"### Intervals that miss at most {100 * ALPHA:.0f} % of the body's pixels",
