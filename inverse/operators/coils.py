@@ -181,7 +181,7 @@ def espirit(
     calibration: int = 24,
     kernel: int = 6,
     threshold: float = 0.03,
-    crop: float = 0.8,
+    crop: float = 0.7,
 ) -> Sensitivities:
     r"""Coil sensitivities from the fully sampled centre of k-space, as an eigenvalue problem.
 
@@ -203,7 +203,8 @@ def espirit(
         calibration: most rows and columns of the centre that are used.
         kernel: side of the windows.
         threshold: singular values below this share of the largest belong to the null space.
-        crop: pixels of a smaller eigenvalue lie outside the object and get maps of zero.
+        crop: pixels of a smaller eigenvalue lie outside the object and get maps of zero.  From a
+            centre of ten lines a crop of 0.8 cuts off the edge of a head.
 
     Raises:
         GeometryError: a fully sampled centre too small for the kernel.
