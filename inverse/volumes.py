@@ -22,6 +22,7 @@ from inverse.errors import GeometryError, ResourceError
 
 __all__ = [
     "Allocate",
+    "Chosen",
     "DiskVolume",
     "Volume",
     "extent",
@@ -195,6 +196,32 @@ class DiskVolume:
                 raise OSError(errno.EIO, "a volume on disk is cut short")
             rest, at = rest[read:], at + read
         return out
+
+
+class Chosen:
+    """Some slices of a volume, which are read when they are asked for.
+
+    Args:
+        volume: the volume.
+        numbers: which slices, in order.
+    """
+
+    def __init__(self, volume: Volume, numbers: Sequence[int]) -> None:
+        self.volume, self.numbers = volume, list(numbers)
+        self.shape, self.dtype = (len(self.numbers), *volume.shape[1:]), volume.dtype
+        self.ndim = len(self.shape)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        return (self.volume[k] for k in self.numbers)
+
+    def __getitem__(self, index: int | slice) -> NDArray[Any]:
+        return np.asarray(self.volume[self.numbers[index]])
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.asarray(self[:], dtype)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ has the same data whatever is simulated along with it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -54,7 +54,8 @@ from inverse.operators.noise import (
 from inverse.operators.nufft import NonCartesian, density_compensation, radial, spiral
 from inverse.operators.patterns import central_box
 from inverse.operators.units import AIR_HU, MU_WATER, hu_to_mu
-from phantoms.beam import Tube, split
+from inverse.volumes import Chosen, slabs
+from phantoms.beam import WATER, Material, Tube, split
 from phantoms.coils import CoilArray
 from phantoms.scene import Section
 
@@ -96,7 +97,7 @@ class Simulation:
 
 
 def simulate_ct(
-    hu: NDArray[Any],
+    hu: NDArray[Any] | Chosen,
     pixel_mm: float | tuple[float, float],
     geometry: ParallelBeam | FanBeam,
     *,
@@ -122,7 +123,8 @@ def simulate_ct(
     the operator that is to reconstruct the data, ``metal_trace`` says.
 
     Args:
-        hu: slices ``(Z, Y, X)`` in HU; values below air count as air.
+        hu: slices ``(Z, Y, X)`` in HU; values below air count as air.  They are taken a few at a
+            time, so that those of a volume on disk need not fit into memory.
         pixel_mm: pixel size of ``hu`` in mm, a number or (row, column).
         geometry: the scan; should cover the grid's diagonal.
         matrix: rows and columns of the reconstruction grid, at most those of ``hu``; slices that
@@ -148,17 +150,11 @@ def simulate_ct(
         InputError: values that are not finite, photons, noise or voltage out of range.
         UnsupportedError: pixels that are not square.
     """
-    volume = _stack(hu, "CT slices")
     fine = square_pixel(pixel_mm)
-    padded = _square(np.maximum(volume, np.float32(AIR_HU)), AIR_HU)
-    native = padded.shape[-1]
-    pixel = native * fine / matrix if matrix > 0 else math.nan
-    truth = hu_to_mu(torch.from_numpy(area_mean(padded, matrix)), mu_water)
     if metal is not None:
-        if metal.shape != volume.shape:
+        if metal.shape != hu.shape:
             raise GeometryError(
-                f"the metal mask must have the shape of the slices, {volume.shape}, got "
-                f"{metal.shape}"
+                f"the metal mask must have the shape of the slices, {hu.shape}, got {metal.shape}"
             )
         if metal_trace not in get_args(MetalTrace):
             raise UnsupportedError(
@@ -166,7 +162,16 @@ def simulate_ct(
                 f"{', '.join(get_args(MetalTrace))}"
             )
         metal = _square(metal.astype(np.float32), 0.0) > 0
-    parts = split(padded, metal, mu_water)
+
+    def padded(items: slice) -> Float32:
+        volume = _stack(hu[items], "CT slices")
+        return _square(np.maximum(volume, np.float32(AIR_HU)), AIR_HU)
+
+    groups = list(slabs(len(hu))) or [slice(0)]
+    coarse = [hu_to_mu(torch.from_numpy(area_mean(padded(s), matrix)), mu_water) for s in groups]
+    truth = torch.cat(coarse)
+    native = max(hu.shape[1:])
+    pixel = native * fine / matrix
     finer = native > matrix
     # strips for lack of a finer grid; beams without strips interpolate where lengths reconstruct
     strips = isinstance(geometry, ParallelBeam) or not (geometry.curved or geometry.offset_mm)
@@ -175,17 +180,19 @@ def simulate_ct(
     how = (
         f"{rays} rays a bin ({kernel} kernel) through {native} x {native} pixels of {fine:.4g} mm"
     )
-
-    def project(part: NDArray[np.float32]) -> Tensor:
-        lines = _project(torch.from_numpy(part), geometry.finer(rays), fine, kernel)
-        return lines.unflatten(-1, (-1, rays))
-
     tube = None if kvp is None else Tube(kvp)
+
+    def materials(items: slice) -> dict[Material, Float32]:
+        parts = split(padded(items), None if metal is None else metal[items], mu_water)
+        return parts if tube is not None else {WATER: np.sum(list(parts.values()), axis=0)}
+
+    lines = _project(materials, groups, geometry.finer(rays), (native, native), fine, kernel)
+    through = {m: part.unflatten(-1, (-1, rays)) for m, part in lines.items()}
     if tube is None:
-        values = project(np.sum(list(parts.values()), axis=0))
+        values = through[WATER]
     else:
-        values = tube.measured({m: project(part) for m, part in parts.items()})
-        how += f"; {kvp:g} kV spectrum through {', '.join(m.name for m in parts)}"
+        values = tube.measured(through)
+        how += f"; {kvp:g} kV spectrum through {', '.join(m.name for m in through)}"
     scan = _scan(
         values,
         truth,
@@ -591,18 +598,31 @@ def area_mean(image: Float32, size: int) -> Float32:
 
 
 def _project(
-    image: Tensor, geometry: ParallelBeam | FanBeam, pixel_mm: float, kernel: Kernel
-) -> Tensor:
-    """Line integrals, some views at a time so that the matrix stays small; not cached."""
-    shape = (image.shape[-2], image.shape[-1])
+    materials: Callable[[slice], dict[Material, Float32]],
+    groups: Sequence[slice],
+    geometry: ParallelBeam | FanBeam,
+    shape: tuple[int, int],
+    pixel_mm: float,
+    kernel: Kernel,
+) -> dict[Material, Tensor]:
+    """Line integrals of each material, of some views and a few slices at a time.
+
+    The matrix of those views is made once for all slices and not cached.
+    """
     views = geometry.views
     need = matrix_bytes(geometry, shape, pixel_mm, kernel)
     step = max(1, math.floor(views * _BLOCK_BYTES / max(need, 1)))
-    parts = []
+    blocks: dict[Material, list[Tensor]] = {}
     for start in range(0, views, step):
         part = geometry.take(range(start, min(start + step, views)))
-        parts.append(RayTransform(part, shape, pixel_mm, kernel, cache=False)(image))
-    return torch.cat(parts, dim=-2)
+        operator = RayTransform(part, shape, pixel_mm, kernel, cache=False)
+        found: dict[Material, list[Tensor]] = {}
+        for items in groups:
+            for material, image in materials(items).items():
+                found.setdefault(material, []).append(operator(torch.from_numpy(image)))
+        for material, few in found.items():
+            blocks.setdefault(material, []).append(torch.cat(few))
+    return {material: torch.cat(few, dim=-2) for material, few in blocks.items()}
 
 
 def _scan(

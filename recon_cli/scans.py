@@ -151,16 +151,17 @@ class CtScan:
 
     def run(self, images: Series, chosen: Sequence[int], seed: int) -> Simulation:
         """Simulate the chosen slices."""
+        from inverse.volumes import Chosen
         from phantoms.beam import implants
         from phantoms.simulate import simulate_ct
 
         matrix, pixel = self._grid(images)
-        slices = images.array[chosen]
         if self.geometry == "cone":
             return self._cone(images, chosen, matrix, pixel, seed)
+        slices = Chosen(images.array, chosen)
         metal = None
         if self.metal:
-            metal = implants(slices, images.spacing[1], self.metal, seed=seed)
+            metal = implants(slices[:], images.spacing[1], self.metal, seed=seed)
         return simulate_ct(
             slices,
             images.spacing[1:],

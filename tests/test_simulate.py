@@ -9,13 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
+import phantoms.simulate
 from inverse.errors import GeometryError, InputError, UnsupportedError
 from inverse.operators.ct import FanBeam, ParallelBeam, RayTransform
 from inverse.operators.noise import add_gaussian, count_photons, generator, line_integrals
 from inverse.operators.units import MU_WATER, mu_to_hu
+from inverse.volumes import Chosen, DiskVolume, slabs
 from phantoms.shapes import Ellipses
 from phantoms.simulate import (
+    Simulation,
     area_mean,
     simulate_ct,
     simulate_ct_analytic,
@@ -336,3 +340,31 @@ def test_command_line_refuses_short_scans_of_parallel_beams(tmp_path: Path, caps
     assert recon("simulate", "ct", source, "-o", out, "--short-scan") == 4
     assert "half turn" in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("kvp", [None, 120.0])
+def test_slices_are_projected_a_few_at_a_time(
+    kvp: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    volume = rng.uniform(-1000, 1500, (5, 32, 32)).astype(np.float32)
+    beam = ParallelBeam.sparse(7, (16, 16), 4.0)
+
+    def scan(slices: NDArray[np.float32] | Chosen) -> Simulation:
+        return simulate_ct(slices, 2.0, beam, matrix=16, kvp=kvp, positions=[4, 1, 2])
+
+    whole = scan(volume[[4, 1, 2]])
+    taken: list[slice] = []
+
+    def twos(count: int) -> list[slice]:
+        taken.extend(slabs(count, 2))
+        return list(slabs(count, 2))
+
+    monkeypatch.setattr(phantoms.simulate, "slabs", twos)
+    disk = DiskVolume(tmp_path, volume.shape)
+    disk[:] = volume
+    parts = scan(Chosen(disk, [4, 1, 2]))
+    assert len(taken) == 2
+    for name in ("data", "noise"):
+        assert torch.equal(getattr(parts.measurement, name), getattr(whole.measurement, name))
+    assert torch.equal(parts.truth, whole.truth)

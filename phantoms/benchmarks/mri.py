@@ -30,8 +30,8 @@ class Settings(problems.Settings):
             data, and the object has a phase, which a prior of real images is told as estimated.
         phase: amplitude in radians of the object's smooth phase where there are several coils.
         noise: noise std relative to the brightest signal.
-        pattern: seed of the sampling pattern, the phase and the noise; at 8-fold patterns differ by
-            2 dB, so that a comparison of methods should see several.
+        pattern: seed of the sampling pattern, the phase and the noise; at 8-fold patterns differ
+            by 2 dB, so that a comparison of methods should see several.
         prior: an MR prior.
     """
 
