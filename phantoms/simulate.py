@@ -640,7 +640,8 @@ def _scan(
 ) -> Simulation:
     """Noisy data from the line integrals of each bin's rays, ``(slices, *out_shape, rays)``."""
     # the rays of a bin add their intensities, not their line integrals
-    line = math.log(values.shape[-1]) - torch.logsumexp(-values.double(), dim=-1)
+    few = [torch.logsumexp(-values[items].double(), dim=-1) for items in slabs(len(values))]
+    line = math.log(values.shape[-1]) - torch.cat(few)
     counts = count_photons(line, photons, _seeds(seed, len(line), positions), electronic_noise)
     if not (math.isfinite(model_error) and model_error >= 0):
         raise InputError(f"model_error must be finite and not negative, got {model_error}")
