@@ -364,7 +364,7 @@ def test_slices_are_projected_a_few_at_a_time(
     disk = DiskVolume(tmp_path, volume.shape)
     disk[:] = volume
     parts = scan(Chosen(disk, [4, 1, 2]))
-    assert len(taken) == 2
+    assert {(s.start, s.stop) for s in taken} == {(0, 2), (2, 3)}
     for name in ("data", "noise"):
         assert torch.equal(getattr(parts.measurement, name), getattr(whole.measurement, name))
     assert torch.equal(parts.truth, whole.truth)
