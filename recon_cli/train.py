@@ -283,6 +283,9 @@ class How:
         str,
         typer.Option(help="Channels of the network's levels.", rich_help_panel=_NET),
     ] = "32,64,96,144"
+    blocks: Annotated[
+        int, typer.Option(min=1, help="Residual blocks a level.", rich_help_panel=_NET)
+    ] = 2
     size: Annotated[
         int,
         typer.Option(min=16, help="Rows and columns of the image grid.", rich_help_panel=_NET),
@@ -572,7 +575,9 @@ def _train(how: How) -> None:
         done = fit(
             data.sets,
             data.held,
-            NetworkConfig(widths=shape, pixel_mm=round(math.sqrt(finest * high), 2)),
+            NetworkConfig(
+                widths=shape, blocks=how.blocks, pixel_mm=round(math.sqrt(finest * high), 2)
+            ),
             config,
             card,
             how.run or how.out.with_suffix(".run"),

@@ -16,6 +16,7 @@ from cli_tools import discs, recon, series, tiny_prior
 
 from inverse.io.dicom import read_series
 from inverse.metrics import body_mask
+from inverse.priors import load_prior
 from recon_cli.options import parse_slices
 
 
@@ -406,7 +407,7 @@ def test_train_writes_a_prior_that_reconstructs(
     arguments = [
         "train", "--data", f"{tmp_path / 'a.npz'}:0.7", "--data", tmp_path / "b.npz",
         "--select", "collection=x", "--phantoms", 1, "--modality", "ct", "--out", out,
-        "--steps", 2, "--widths", "8,8", "--size", 64, "--crop", 32, "--batch", 2,
+        "--steps", 2, "--widths", "8,8", "--blocks", 1, "--size", 64, "--crop", 32, "--batch", 2,
         "--pixel-mm", "5:8", "--licence", "CC0", "--limit", "too small", "--json",
     ]  # fmt: skip
     assert recon(*arguments) == 0
@@ -418,6 +419,8 @@ def test_train_writes_a_prior_that_reconstructs(
     assert card["training_data"][0]["weight"] == 0.7
     assert (card["offset"], card["scale"], card["unit"]) == (-500.0, 500.0, "HU")
     assert card["pixel_mm_range"] == [5.0, 8.0]
+    network = load_prior(out).net.config
+    assert (network.widths, network.blocks) == ((8, 8), 1)
     assert str(tmp_path) not in json.dumps(card)
     assert recon(*arguments) == 6, "an existing prior is kept"
     where = quick(root, tmp_path / "out", "--no-tv", "--slices", "0", "--prior", out)

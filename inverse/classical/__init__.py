@@ -3,7 +3,7 @@
 Each takes a :class:`~inverse.measurement.Measurement` and returns images in its physical units.
 """
 
-from inverse.classical.inr import inr
+from inverse.classical.implicit import inr
 from inverse.classical.linear import (
     cgls,
     fbp,
