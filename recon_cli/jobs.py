@@ -14,9 +14,11 @@ other with it.  The same command goes on where it was cut short: what is done st
 from __future__ import annotations
 
 import csv
+import ctypes
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -209,7 +211,7 @@ def _parse_shard(text: str) -> tuple[int, int]:
 def launch(arguments: Sequence[str]) -> tuple[int, str]:
     """Run ``recon`` in a process of its own; exit code, and the last line that it told.
 
-    A signal that ends this process ends that one first, which keeps its finished pieces.
+    A signal that ends this process ends that one too, which keeps its finished pieces.
     """
     child = subprocess.Popen(
         [sys.executable, "-m", "recon_cli.app", *arguments],
@@ -219,6 +221,7 @@ def launch(arguments: Sequence[str]) -> tuple[int, str]:
         env=unlaunched(),
         text=True,
         errors="replace",
+        preexec_fn=_end_with_parent,
     )
     try:
         _, told = child.communicate()
@@ -228,6 +231,13 @@ def launch(arguments: Sequence[str]) -> tuple[int, str]:
         raise
     lines = told.strip().splitlines()
     return child.returncode, lines[-1] if lines else ""
+
+
+def _end_with_parent() -> None:
+    """Have Linux end this process when its parent dies, even of what no handler can catch."""
+    with suppress(OSError, AttributeError):  # other systems
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def _run(job: Job, out: Path) -> Status:

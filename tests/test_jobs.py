@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import signal
@@ -287,7 +288,10 @@ def test_two_processes_share_the_jobs_by_position(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_batch_in_earnest_continues_after_sigterm(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cut", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_batch_in_earnest_continues_after_a_signal(
+    cut: signal.Signals, code: int, tmp_path: Path
+) -> None:
     """Two studies in processes of their own; the first is cut short and keeps its pieces."""
     tiny_prior(tmp_path / "tiny.safetensors")
     for name, seed in (("a", 1), ("b", 2)):
@@ -303,8 +307,17 @@ def test_a_batch_in_earnest_continues_after_sigterm(tmp_path: Path) -> None:
     deadline = time.monotonic() + 120
     while not list(pieces.glob("batch-*.npz")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    started.send_signal(signal.SIGTERM)
-    assert started.wait() == 143
+    started.send_signal(cut)
+    assert started.wait() == code
+    deadline = time.monotonic() + 60
+    with (pieces.parent / "lock").open("rb") as lock:  # the study ends with the batch
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                assert time.monotonic() < deadline, "the study outlived its batch"
+                time.sleep(0.05)
     kept = len(list(pieces.glob("batch-*.npz")))
     assert 0 < kept < 40
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, check=False)
