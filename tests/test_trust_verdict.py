@@ -27,6 +27,7 @@ from inverse.trust import (
     Concern,
     Conformal,
     Evidence,
+    Examination,
     Rank,
     Reference,
     Setting,
@@ -44,7 +45,8 @@ from inverse.trust import (
     statistics,
     verdict,
 )
-from inverse.trust.verdict import _worst_of
+from inverse.trust.card import VERSION
+from inverse.trust.verdict import Maps, _worst_of
 
 SIDE = 8
 CARD = PriorCard(
@@ -240,8 +242,40 @@ def test_a_setting_says_in_what_another_differs() -> None:
         ({"method": "mmps"}, "method mmps for pnp_admm"),
         ({"options": {"steps": 8}}, "steps 8 for 20"),
         ({"operator": "fan CT"}, "operator fan CT for parallel CT"),
+        ({"pattern": "lines"}, "pattern lines for none"),
+        ({"radius": 0.5}, "an RMS frequency of 0.5 for 1"),
     ):
         assert one.differences(setting(**change)) == (said,)
+
+
+@pytest.mark.parametrize("acceleration", [3.0, 6.0])
+def test_a_setting_tells_patterns_of_k_space_apart(acceleration: float) -> None:
+    """Lines at equal steps alias into copies, others into noise."""
+
+    def found(mask: torch.Tensor) -> Setting:
+        operator = CartesianMRI(mask)
+        data = operator(torch.ones(1, *mask.shape, dtype=torch.complex64))
+        measurement = Measurement(operator, data, torch.tensor(0.01), "MR", (1.0, 1.0))
+        return Setting.of(measurement, {"method": "pnp_admm", "samples": 8})
+
+    radii: dict[str, list[float]] = {}
+    for kind, pattern in (
+        ("uniform1d", "regular lines"),
+        ("random1d", "lines"),
+        ("gaussian1d", "lines"),
+        ("poisson", "points"),
+        ("random2d", "points"),
+    ):
+        for seed in range(8):
+            one = found(cartesian_mask((256, 256), acceleration, 0.06, kind, seed))
+            assert one.pattern == pattern, (kind, seed)
+            radii.setdefault(kind, []).append(one.radius)
+            across = found(cartesian_mask((256, 256), acceleration, 0.06, kind, seed).T)
+            assert (across.pattern, across.radius) == (pattern, pytest.approx(one.radius))
+    # variable density is told by the frequencies that it prefers
+    assert np.median(radii["gaussian1d"]) < 0.7 * np.median(radii["random1d"])
+    full = found(torch.ones(16, 16, dtype=torch.bool))
+    assert (full.pattern, full.radius) == ("", 1.0)
 
 
 def test_calibration_goes_into_the_card_and_comes_back(tmp_path: Path) -> None:
@@ -378,6 +412,41 @@ def test_examination_of_posterior_samples_finds_no_fault_in_the_residual(kind: s
     assert again.to_dict() == found.to_dict()
     single = examine(measurement, prior, x[:, :1], settings | {"samples": 1})
     assert single.null_std is None
+
+
+def images_of(found: Examination | Maps) -> list[torch.Tensor]:
+    """Those that there are."""
+    ends = () if found.interval is None else (found.interval.low, found.interval.high)
+    return [image for image in (found.share, found.null_std, *ends) if image is not None]
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_sink_takes_the_maps(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slice by slice, in the order of the samples, with the bits that else are returned."""
+    prior, measurement, x, settings = examined("ct", samples, slices=10)
+    known = CardCalibration(
+        Setting.of(measurement, settings), "test", Conformal(1.3, 0.2, None, 9, 0.2)
+    )
+    monkeypatch.setattr(verdict, "_known", lambda prior, setting: (known, ""))
+    order = (2, 0, 1, 9, 3, 4, 8, 7, 5, 6)
+    whole = examine(measurement, prior, [(z, x[z]) for z in order], settings)
+    taken: list[tuple[int, Maps]] = []
+    lean = examine(
+        measurement,
+        prior,
+        [(z, x[z]) for z in order],
+        settings,
+        sink=lambda z, maps: taken.append((z, maps)),
+    )
+    assert tuple(z for z, _ in taken) == order
+    assert len(images_of(whole)) == (1 if samples == 1 else 4)
+    one_by_one = [images_of(dict(taken)[z]) for z in range(10)]
+    for image, parts, empty in zip(
+        images_of(whole), zip(*one_by_one, strict=True), images_of(lean), strict=True
+    ):
+        assert torch.equal(image, torch.stack(parts))
+        assert empty.shape == (0, SIDE, SIDE)
+    assert lean.to_dict() == whole.to_dict()
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -526,3 +595,4 @@ def test_commands_end_with_a_verdict(tmp_path: Path, capsys: pytest.CaptureFixtu
         volume = np.load(out / "maps" / f"{name}.npy")
         assert volume.shape == (2, 64, 64)
         assert np.isfinite(volume).all()
+        assert volume.any(axis=(1, 2)).all(), "the map of each slice in its place"

@@ -20,17 +20,21 @@ from inverse.errors import CheckpointError
 from inverse.measurement import Measurement
 from inverse.operators.ct import RayTransform
 from inverse.operators.linop import LinearOperator
+from inverse.operators.mri import CartesianMRI, Sense
 from inverse.priors.checkpoint import PriorCard
 from inverse.trust.ood import Reference
 from inverse.trust.uncertainty import Conformal, measured_data
 
 __all__ = ["CardCalibration", "Concern", "Setting", "check_card", "plane"]
 
-VERSION = 2
+VERSION = 3
 """Of the entries of ``PriorCard.calibration``; those of another version are not read."""
 
 SAMPLING_TOLERANCE = 0.1
 NOISE_TOLERANCE = 1.5
+RADIUS_TOLERANCE = 0.35
+IRREGULAR = 0.32
+"""Standard deviation over mean of the steps between lines, from which these are random."""
 PIXEL_TOLERANCE = 0.05
 MATRIX_TOLERANCE = 0.25
 OUT_OF_RANGE = 0.01
@@ -164,6 +168,9 @@ class Setting:
         method: posterior method.
         options: its options, plain JSON values.
         samples: samples a slice.
+        pattern: what a grid of k-space was measured at: ``"lines"``, ``"regular lines"`` or
+            ``"points"``; empty where there is none, or all of it.
+        radius: RMS frequency of these lines or points over that of all; 1 where all are measured.
     """
 
     operator: str
@@ -173,26 +180,31 @@ class Setting:
     method: str
     options: Mapping[str, Any]
     samples: int
+    pattern: str = ""
+    radius: float = 1.0
 
     @classmethod
     def of(cls, measurement: Measurement, settings: Mapping[str, Any]) -> Setting:
         """From a measurement and ``Reconstruction.settings``."""
         seen = measured_data(measurement)
-        data = measurement.data[:, seen].abs().double()
-        noise = measurement.noise.expand(measurement.data.shape)[:, seen].double()
+        data = _rms(measurement.data, seen)
+        noise = _rms(measurement.noise.expand(measurement.data.shape), seen)
         parts = math.sqrt(2.0) if measurement.data.is_complex() else 1.0
         operator = measurement.operator
         unknowns = math.prod(operator.in_shape) * (2 if operator.dtype.is_complex else 1)
         aside = {"method", "samples", "batch", "device", "prior", "prior_sha256", "offset",
                  "scale", "phase", "notes"}  # fmt: skip
+        pattern, radius = _pattern(operator)
         return cls(
             operator=_kind(measurement),
             sampling=float(seen.sum()) * parts**2 / unknowns,
             arc=_arc(operator),
-            noise=parts * float(noise.square().mean().sqrt() / data.square().mean().sqrt()),
+            noise=parts * noise / data,
             method=str(settings["method"]),
             options={k: v for k, v in settings.items() if k not in aside},
             samples=int(settings["samples"]),
+            pattern=pattern,
+            radius=radius,
         )
 
     def differences(self, other: Setting) -> tuple[str, ...]:
@@ -203,6 +215,7 @@ class Setting:
                 ("operator", self.operator, other.operator),
                 ("method", self.method, other.method),
                 ("samples", self.samples, other.samples),
+                ("pattern", self.pattern or "none", other.pattern or "none"),
             )
             if mine != theirs
         ]
@@ -218,6 +231,8 @@ class Setting:
             found.append(f"an arc of {other.arc:.0f} degrees for {self.arc:.0f}")
         if not 1 / NOISE_TOLERANCE <= self.noise / other.noise <= NOISE_TOLERANCE:
             found.append(f"relative noise {other.noise:.2g} for {self.noise:.2g}")
+        if not math.isclose(self.radius, other.radius, rel_tol=RADIUS_TOLERANCE):
+            found.append(f"an RMS frequency of {other.radius:.2g} for {self.radius:.2g}")
         return tuple(found)
 
 
@@ -308,11 +323,36 @@ class CardCalibration:
         return nearest, ""
 
 
+def _rms(values: Tensor, seen: Tensor) -> float:
+    """Root mean square of the data that are measured, slice by slice, which bounds the memory."""
+    squares = (one[seen].abs().double().square_().mean() for one in values)
+    return math.sqrt(float(torch.stack(list(squares)).mean()))
+
+
 def _kind(measurement: Measurement) -> str:
     operator = measurement.operator
     if isinstance(operator, RayTransform):
         return f"{operator.geometry.kind} CT"
     return f"{type(operator).__name__} {measurement.modality}"
+
+
+def _pattern(operator: LinearOperator) -> tuple[str, float]:
+    """``Setting.pattern`` and ``Setting.radius``."""
+    if not isinstance(operator, CartesianMRI | Sense) or bool(operator.mask.all()):
+        return "", 1.0
+    mask, along = operator.mask, "points"
+    for axis in range(mask.ndim):
+        lines = mask.movedim(axis, -1).flatten(0, -2)
+        if bool((lines == lines[0]).all()):
+            mask = lines[0]
+            steps = mask.nonzero()[:, 0].diff().double()
+            steps = steps[steps > 1]  # 1 is the fully sampled centre's
+            regular = len(steps) > 1 and float(steps.std() / steps.mean()) < IRREGULAR
+            along = "regular lines" if regular else "lines"
+            break
+    axes = [(torch.arange(n, dtype=torch.float64) - n // 2) / n for n in mask.shape]
+    square = torch.stack([k.square() for k in torch.meshgrid(*axes, indexing="ij")]).sum(dim=0)
+    return along, float((square[mask.cpu()].mean() / square.mean()).sqrt())
 
 
 def _arc(operator: LinearOperator) -> float:

@@ -292,8 +292,11 @@ def measure(
 
 
 def typical(settings: Sequence[Setting]) -> Setting:
-    """That of all patients: the median noise, as it depends on the patient."""
-    return replace(settings[0], noise=float(np.median([s.noise for s in settings])))
+    """That of all patients: the median of what depends on the patient, noise and drawn pattern."""
+    noise, radius = (
+        float(np.median([getattr(s, k) for s in settings])) for k in ("noise", "radius")
+    )
+    return replace(settings[0], noise=noise, radius=radius)
 
 
 def fit(found: Sequence[Found], by: Callable[..., Conformal] = crc) -> Conformal | None:
