@@ -21,6 +21,7 @@ from torch import Tensor
 from inverse.errors import GeometryError, InputError
 from inverse.operators.linop import LinearOperator
 from inverse.operators.noise import TransmissionPoisson
+from inverse.volumes import SLAB
 
 __all__ = ["CHI2_HIGH", "Measurement"]
 
@@ -106,7 +107,8 @@ class Measurement:
                 f"measurement data must be {'complex' if dtype.is_complex else 'real'} floating-"
                 f"point numbers, as {self.operator!r} gives them, got {data.dtype}"
             )
-        if not bool(torch.isfinite(torch.view_as_real(data) if data.is_complex() else data).all()):
+        real = torch.view_as_real(data) if data.is_complex() else data
+        if not all(bool(torch.isfinite(few).all()) for few in real.split(SLAB)):
             raise InputError(
                 "measurement data hold NaN or infinite values; remove or mask those samples"
             )
@@ -188,7 +190,8 @@ class Measurement:
         constant = torch.full(
             self.operator.in_shape, offset, dtype=self.operator.dtype, device=self.data.device
         )
-        data = (self.data - self.operator(constant)) / scale
+        data = self.data - self.operator(constant)
+        data /= scale
         return replace(self, data=data, noise=self.noise / abs(scale), counts=None)
 
     def whitened(self) -> Measurement:

@@ -40,12 +40,11 @@ from inverse.posterior.volume import (
 from inverse.priors.checkpoint import NetworkPrior
 from inverse.priors.denoiser import CountedDenoiser, Denoiser
 from inverse.sampling import Noise
+from inverse.volumes import SLAB, percentile
 
 __all__ = ["Batch", "Plan", "Reconstruction", "Remark", "reconstruct"]
 
 _log = logging.getLogger(__name__)
-
-_CHECKED = 16  # slices at a time whose residual is taken: bounds the memory
 
 
 class Remark(NamedTuple):
@@ -637,7 +636,7 @@ class Plan:
                     if keep_samples and sink is None:
                         samples[z] = draws
                     waiting.append(_moments(draws))
-                    if len(waiting) == _CHECKED:
+                    if len(waiting) == SLAB:
                         take(waiting)
                         waiting.clear()
             if waiting:
@@ -778,9 +777,10 @@ def _affine(prior: Denoiser, measurement: Measurement) -> tuple[float, float]:
     if prior.unit == "relative":
         # thick slices have the image's intensity, their adjoint that over the thickness
         thick = isinstance(measurement.operator, ThickSlices)
-        data = measurement.data
-        magnitude = (data if thick else measurement.operator.adjoint(data)).abs()
-        top = float(np.percentile(magnitude.cpu().numpy(), 99.5))
+        few = (measurement.take(index) for index in torch.arange(len(measurement)).split(SLAB))
+        images = (some.data if thick else some.operator.adjoint(some.data) for some in few)
+        magnitude = torch.cat([image.abs().float().cpu() for image in images])
+        top = float(percentile(magnitude.numpy(), 99.5))
         return prior.offset * top, prior.scale * top
     return prior.offset, prior.scale
 

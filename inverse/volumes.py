@@ -24,6 +24,7 @@ __all__ = [
     "Allocate",
     "Chosen",
     "DiskVolume",
+    "Slices",
     "Volume",
     "extent",
     "order_statistics",
@@ -36,8 +37,8 @@ SLAB = 16
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-class Volume(Protocol):
-    """What NumPy arrays and :class:`DiskVolume` have in common: slices along the first axis."""
+class Slices(Protocol):
+    """What is read by slices along the first axis: a :class:`Volume`, or some of its slices."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,6 +57,10 @@ class Volume(Protocol):
     def __iter__(self) -> Iterator[NDArray[Any]]: ...
 
     def __getitem__(self, index: Any, /) -> Any: ...
+
+
+class Volume(Slices, Protocol):
+    """What NumPy arrays and :class:`DiskVolume` have in common: slices are also written."""
 
     def __setitem__(self, index: Any, values: Any, /) -> None: ...
 
@@ -242,13 +247,13 @@ def slabs(count: int, size: int = SLAB) -> Iterator[slice]:
     return (slice(k, min(k + size, count)) for k in range(0, count, size))
 
 
-def extent(volume: Volume) -> tuple[float, float]:
+def extent(volume: Slices) -> tuple[float, float]:
     """Least and greatest value."""
     ends = [(float(image.min()), float(image.max())) for image in volume]
     return min(low for low, _ in ends), max(high for _, high in ends)
 
 
-def percentile(volume: Volume, q: float | Sequence[float], *, magnitude: bool = False) -> Any:
+def percentile(volume: Slices, q: float | Sequence[float], *, magnitude: bool = False) -> Any:
     """``numpy.percentile`` of a float32 volume, or of its magnitude, without sorting it in memory.
 
     Args:

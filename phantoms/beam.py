@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from inverse.errors import InputError
 from inverse.operators.units import hu_to_mu, mu_to_hu
+from inverse.volumes import Slices
 
 __all__ = ["ALUMINIUM", "BONE", "TITANIUM", "WATER", "Material", "Tube", "implants", "split"]
 
@@ -150,7 +152,7 @@ def split(
 
 
 def implants(
-    hu: NDArray[np.float32],
+    hu: Slices,
     pixel_mm: float,
     count: int = 2,
     radius_mm: float = 5.0,
@@ -171,7 +173,7 @@ def implants(
     Raises:
         InputError: no place for that many rods of this size.
     """
-    solid = (hu > -300.0).all(axis=0)
+    solid = reduce(np.logical_and, (image > -300.0 for image in hu))
     room = ndimage.distance_transform_edt(solid) * pixel_mm > radius_mm
     rng = np.random.default_rng([seed, count])
     y, x = np.mgrid[: hu.shape[1], : hu.shape[2]]

@@ -12,9 +12,9 @@ has the same data whatever is simulated along with it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -54,13 +54,14 @@ from inverse.operators.noise import (
 from inverse.operators.nufft import NonCartesian, density_compensation, radial, spiral
 from inverse.operators.patterns import central_box
 from inverse.operators.units import AIR_HU, MU_WATER, hu_to_mu
-from inverse.volumes import Chosen, slabs
+from inverse.volumes import Slices, percentile, slabs
 from phantoms.beam import WATER, Material, Tube, split
 from phantoms.coils import CoilArray
 from phantoms.scene import Section
 
 __all__ = [
     "Simulation",
+    "Sink",
     "area_mean",
     "physical",
     "simulate_ct",
@@ -73,6 +74,13 @@ __all__ = [
 Float32 = NDArray[np.float32]
 
 MetalTrace = Literal["true", "segmented", "none"]
+
+Scene: TypeAlias = Callable[[], Iterator[Tensor]]
+"""Gives the images to measure, a few slices at a time."""
+Sink: TypeAlias = Callable[[slice, Tensor], None]
+"""Takes the truth a few slices at a time and in order: which they are, and ``(slices, *in_shape)``
+in physical units.  That of the :class:`Simulation` is then empty, so that memory does not grow
+with it."""
 
 _BLOCK_BYTES = 256 * 2**20  # system matrix held at a time
 
@@ -89,15 +97,24 @@ class Simulation:
 
     Attributes:
         measurement: the data with the operator that is to reconstruct them.
-        truth: the image on that operator's grid, physical units, ``(slices, *in_shape)``.
+        truth: the image on that operator's grid, physical units, ``(slices, *in_shape)``; no
+            slices, where a :data:`Sink` took them.
     """
 
     measurement: Measurement
     truth: Tensor
 
+    def into(self, sink: Sink | None) -> Simulation:
+        """The same, of whose truth, held as a whole until now, a sink takes all."""
+        if sink is None:
+            return self
+        for items in slabs(len(self.truth)):
+            sink(items, self.truth[items])
+        return replace(self, truth=self.truth.new_empty(0, *self.truth.shape[1:]))
+
 
 def simulate_ct(
-    hu: NDArray[Any] | Chosen,
+    hu: Slices,
     pixel_mm: float | tuple[float, float],
     geometry: ParallelBeam | FanBeam,
     *,
@@ -111,6 +128,7 @@ def simulate_ct(
     seed: int = 0,
     positions: Sequence[int] | None = None,
     mu_water: float = MU_WATER,
+    sink: Sink | None = None,
 ) -> Simulation:
     r"""A CT scan of given slices, to be reconstructed on a coarser grid of the same extent.
 
@@ -143,6 +161,7 @@ def simulate_ct(
         seed: seed of the noise.
         positions: position of each slice in its series, for the seeds; default 0, 1, ...
         mu_water: attenuation of water in 1/mm.
+        sink: takes the truth.
 
     Raises:
         GeometryError: an array that is not a stack, a mask of another shape, or a matrix finer
@@ -161,15 +180,20 @@ def simulate_ct(
                 f"metal_trace {metal_trace!r} is not served; expected one of "
                 f"{', '.join(get_args(MetalTrace))}"
             )
-        metal = _square(metal.astype(np.float32), 0.0) > 0
 
     def padded(items: slice) -> Float32:
         volume = _stack(hu[items], "CT slices")
         return _square(np.maximum(volume, np.float32(AIR_HU)), AIR_HU)
 
-    groups = list(slabs(len(hu))) or [slice(0)]
-    coarse = [hu_to_mu(torch.from_numpy(area_mean(padded(s), matrix)), mu_water) for s in groups]
-    truth = torch.cat(coarse)
+    def rods(items: slice) -> Float32:
+        assert metal is not None
+        return _square(metal[items].astype(np.float32), 0.0)
+
+    groups = _groups(hu)
+    truth = _gathered(
+        ((s, hu_to_mu(torch.from_numpy(area_mean(padded(s), matrix)), mu_water)) for s in groups),
+        sink,
+    )
     native = max(hu.shape[1:])
     pixel = native * fine / matrix
     finer = native > matrix
@@ -183,18 +207,13 @@ def simulate_ct(
     tube = None if kvp is None else Tube(kvp)
 
     def materials(items: slice) -> dict[Material, Float32]:
-        parts = split(padded(items), None if metal is None else metal[items], mu_water)
+        parts = split(padded(items), None if metal is None else rods(items) > 0, mu_water)
         return parts if tube is not None else {WATER: np.sum(list(parts.values()), axis=0)}
 
-    lines = _project(materials, groups, geometry.finer(rays), (native, native), fine, kernel)
-    through = {m: part.unflatten(-1, (-1, rays)) for m, part in lines.items()}
-    if tube is None:
-        values = through[WATER]
-    else:
-        values = tube.measured(through)
-        how += f"; {kvp:g} kV spectrum through {', '.join(m.name for m in through)}"
+    if tube is not None:
+        how += f"; {kvp:g} kV spectrum through {', '.join(m.name for m in materials(groups[0]))}"
     scan = _scan(
-        values,
+        _project(materials, groups, geometry, (native, native), fine, kernel, rays, tube),
         truth,
         RayTransform(geometry, (matrix, matrix), pixel),
         photons,
@@ -214,7 +233,8 @@ def simulate_ct(
         return scan
     if metal_trace == "segmented":
         return replace(scan, measurement=leave_out_metal(scan.measurement))
-    return _without_metal(scan, torch.from_numpy(area_mean(metal.astype(np.float32), matrix) > 0))
+    coarse = [torch.from_numpy(area_mean(rods(items), matrix) > 0) for items in groups]
+    return _without_metal(scan, torch.cat(coarse))
 
 
 def _without_metal(scan: Simulation, metal: Tensor) -> Simulation:
@@ -271,14 +291,12 @@ def simulate_ct_analytic(
         raise GeometryError("simulate_ct_analytic needs at least one slice, got none")
     origin, direction = geometry.rays(oversample)
     factor = mu_water / 1000.0
-    values = torch.stack(
-        [torch.from_numpy(factor * s.line_integrals(origin, direction)) for s in slices]
-    )
+    values = (torch.from_numpy(factor * s.line_integrals(origin, direction)) for s in slices)
     grid = (matrix, matrix)
     truth = torch.from_numpy(np.stack([factor * s.image(grid, pixel_mm) for s in slices]))
     how = f"exact line integrals, {oversample} rays a bin"
     return _scan(
-        values,
+        torch.stack([_of_bins(rays) for rays in values]),
         truth.float(),
         RayTransform(geometry, grid, pixel_mm),
         photons,
@@ -291,7 +309,7 @@ def simulate_ct_analytic(
 
 
 def simulate_mri(
-    image: NDArray[Any],
+    image: Slices,
     pixel_mm: tuple[float, float],
     *,
     acceleration: float = 4.0,
@@ -303,6 +321,7 @@ def simulate_mri(
     noise: float = 0.01,
     seed: int = 0,
     positions: Sequence[int] | None = None,
+    sink: Sink | None = None,
 ) -> Simulation:
     r"""An undersampled acquisition of given images, by one coil or several.
 
@@ -316,7 +335,8 @@ def simulate_mri(
     as a scanner's are, or, for other trajectories, from a short Cartesian scan before.
 
     Args:
-        image: ``(Z, Y, X)``, real or complex, any unit.
+        image: ``(Z, Y, X)``, real or complex, any unit.  Slices are taken a few at a time, so
+            that those of a volume on disk need not fit into memory.
         pixel_mm: (row, column) spacing in mm.
         acceleration: grid size over measured samples; for other trajectories the spokes, or the
             arms of a spiral, that leave no gap, over those measured.
@@ -330,6 +350,7 @@ def simulate_mri(
             have unit root-sum-of-squares, so this is also the noise of a fully sampled image).
         seed: seed of the pattern, the phase and the noise.
         positions: position of each slice in its series, for the seeds; default 0, 1, ...
+        sink: takes the truth.
 
     Returns:
         Data and truth; with several coils the truth has the phase of the calibration's virtual
@@ -341,30 +362,47 @@ def simulate_mri(
         InputError: values that are not finite, or a noise level that is not positive.
         UnsupportedError: another trajectory without the package that it needs.
     """
-    volume = _stack(image, "MR images")
-    std = _noise_std(noise, _level(volume))
-    shape = (volume.shape[-2], volume.shape[-1])
-    truth = torch.from_numpy(volume).to(torch.complex64)
-    if phase:
-        numbers = range(len(truth)) if positions is None else positions
-        turns = [smooth_phase(shape, phase, generator(seed, int(n), 1)) for n in numbers]
-        truth = truth * torch.polar(torch.ones(()), torch.stack(turns))
-    seeds = _seeds(seed, len(truth), positions)
+    groups = _groups(image)
+    for items in groups:
+        _stack(image[items], "MR images")  # all refusals before the first number
+    std = _noise_std(noise, _level(image))
+    shape = (image.shape[-2], image.shape[-1])
+    numbers = range(len(image)) if positions is None else positions
+    seeds = _seeds(seed, len(image), positions)
+
+    def scene() -> Iterator[Tensor]:
+        """The images with their phase, a few at a time."""
+        for items in groups:
+            x = torch.from_numpy(_stack(image[items], "MR images")).to(torch.complex64)
+            if phase:
+                turns = [
+                    smooth_phase(shape, phase, generator(seed, int(n), 1)) for n in numbers[items]
+                ]
+                x = x * torch.polar(torch.ones(()), torch.stack(turns))
+            yield x
+
     fields = _fields(shape, pixel_mm, coils)
     path: dict[str, Any]
     operator: CartesianMRI | Sense | NonCartesian
     if trajectory == "cartesian":
         mask = cartesian_mask(shape, acceleration, centre_fraction, kind, seed)
-        operator, data, sigma = _on_grid(truth, fields, mask, std, seeds)
+        operator, data, sigma = _on_grid(scene, fields, mask, std, seeds)
         path = {"mask": kind, "centre_fraction": centre_fraction}
     else:
         samples = _path(trajectory, max(shape), acceleration)
-        operator, data, sigma = _off_grid(truth, fields, samples, std, seeds)
+        operator, data, sigma = _off_grid(scene, fields, samples, std, seeds)
         path = {"trajectory": trajectory, "samples": len(samples)}
-    if not isinstance(operator, CartesianMRI) and coils > 1:
-        coarse = _crop(fields)
-        seen = torch.sgn(combine_coils(coarse * truth[:, None], operator.maps))
-        truth = truth.abs() * torch.where(seen == 0, 1, seen)
+
+    def seen(items: slice, x: Tensor) -> Tensor:
+        """The truth: with several coils, of the phase to which the maps refer."""
+        if isinstance(operator, CartesianMRI) or coils == 1:
+            return x
+        turn = torch.sgn(combine_coils(_crop(fields) * x[:, None], operator.maps[items]))
+        return x.abs() * torch.where(turn == 0, 1, turn)
+
+    truth = _gathered(
+        ((items, seen(items, x)) for items, x in zip(groups, scene(), strict=True)), sink
+    )
     provenance = {
         "simulation": (
             "FFT of the images on their own grid, which is the reconstruction's too"
@@ -425,24 +463,44 @@ def _finer(image: Tensor) -> Tensor:
 
 
 def _on_grid(
-    truth: Tensor, fields: Tensor, mask: Tensor, std: float, seeds: Sequence[torch.Generator]
+    scene: Scene, fields: Tensor, mask: Tensor, std: float, seeds: Sequence[torch.Generator]
 ) -> tuple[CartesianMRI | Sense, Tensor, Tensor]:
     """Operator, data and noise std of a Cartesian scan."""
     sigma = torch.tensor(std)
     if len(fields) == 1:
-        full = centred_fft(truth)
-        return CartesianMRI(mask), torch.where(mask, add_gaussian(full, std, seeds), 0), sigma
-    data = _coil_data(truth, fields, mask, std, seeds)
+        full = (centred_fft(few) for few in scene())
+        data = _masked(full, tuple(mask.shape), mask, std, seeds)
+        return CartesianMRI(mask), data, sigma
+    data = _coil_data(scene, fields, mask, std, seeds)
     return Sense(espirit(data).maps, mask), data, sigma
 
 
 def _coil_data(
-    truth: Tensor, fields: Tensor, mask: Tensor, std: float, seeds: Sequence[torch.Generator]
+    scene: Scene, fields: Tensor, mask: Tensor, std: float, seeds: Sequence[torch.Generator]
 ) -> Tensor:
     """Measured k-space ``(slices, coils, H, W)``, computed on twice the grid."""
     rows, cols = central_box((fields.shape[-2], fields.shape[-1]), tuple(mask.shape))
-    full = torch.stack([centred_fft(fields * one)[:, rows, cols] for one in _finer(truth)])
-    return torch.where(mask, add_gaussian(full, std, seeds), 0)
+    full = (
+        torch.stack([centred_fft(fields * one)[:, rows, cols] for one in _finer(few)])
+        for few in scene()
+    )
+    return _masked(full, (len(fields), *mask.shape), mask, std, seeds)
+
+
+def _masked(
+    full: Iterable[Tensor],
+    shape: tuple[int, ...],
+    mask: Tensor,
+    std: float,
+    seeds: Sequence[torch.Generator],
+) -> Tensor:
+    """Noisy samples where the mask measures, of k-space that comes a few slices at a time."""
+    data, done = torch.empty((len(seeds), *shape), dtype=torch.complex64), 0
+    for few in full:
+        items = slice(done, done + len(few))
+        data[items] = torch.where(mask, add_gaussian(few, std, seeds[items]), 0)
+        done = items.stop
+    return data
 
 
 def _path(name: str, n: int, acceleration: float) -> Tensor:
@@ -455,20 +513,20 @@ def _path(name: str, n: int, acceleration: float) -> Tensor:
 
 
 def _off_grid(
-    truth: Tensor, fields: Tensor, path: Tensor, std: float, seeds: Sequence[torch.Generator]
+    scene: Scene, fields: Tensor, path: Tensor, std: float, seeds: Sequence[torch.Generator]
 ) -> tuple[NonCartesian, Tensor, Tensor]:
     """Operator, data and noise std of a scan along a trajectory; all carry the root density."""
-    shape = (truth.shape[-2], truth.shape[-1])
+    shape = (fields.shape[-2] // 2, fields.shape[-1] // 2)
     density = density_compensation(path, shape)
     scanner = NonCartesian(path / 2, (2 * shape[0], 2 * shape[1]), fields, density)
     sigma = std * density.sqrt()
-    data = add_gaussian(scanner(_finer(truth)), sigma, seeds)
+    data = add_gaussian(torch.cat([scanner(_finer(few)) for few in scene()]), sigma, seeds)
     if len(fields) == 1:
         return NonCartesian(path, shape, density=density), data, sigma
     # a Cartesian scan of low resolution before calibrates the coils
     before = torch.zeros(shape, dtype=torch.bool)
     before[central_box(shape, (32, 32))] = True
-    maps = espirit(_coil_data(truth, fields, before, std, seeds)).maps
+    maps = espirit(_coil_data(scene, fields, before, std, seeds)).maps
     return NonCartesian(path, shape, maps, density), data, sigma
 
 
@@ -597,6 +655,23 @@ def area_mean(image: Float32, size: int) -> Float32:
     return np.asarray(overlap @ image @ overlap.T)
 
 
+def _groups(volume: Slices) -> list[slice]:
+    """Slices that are taken at a time; of an empty volume, none, for what is said of it."""
+    return list(slabs(len(volume))) or [slice(0)]
+
+
+def _gathered(parts: Iterable[tuple[slice, Tensor]], sink: Sink | None) -> Tensor:
+    """Slices that come a few at a time as one stack; those a sink takes leave an empty one."""
+    kept = list[Tensor]()
+    for items, few in parts:
+        if sink is None:
+            kept.append(few)
+        else:
+            sink(items, few)
+            kept = [few.new_empty(0, *few.shape[1:])]
+    return torch.cat(kept)
+
+
 def _project(
     materials: Callable[[slice], dict[Material, Float32]],
     groups: Sequence[slice],
@@ -604,29 +679,43 @@ def _project(
     shape: tuple[int, int],
     pixel_mm: float,
     kernel: Kernel,
-) -> dict[Material, Tensor]:
-    """Line integrals of each material, of some views and a few slices at a time.
+    rays: int,
+    tube: Tube | None,
+) -> Tensor:
+    """Line integrals of bins of several rays, of some views and a few slices at a time.
 
     The matrix of those views is made once for all slices and not cached.
     """
-    views = geometry.views
+    views, geometry = geometry.views, geometry.finer(rays)
     need = matrix_bytes(geometry, shape, pixel_mm, kernel)
     step = max(1, math.floor(views * _BLOCK_BYTES / max(need, 1)))
-    blocks: dict[Material, list[Tensor]] = {}
+    blocks = []
     for start in range(0, views, step):
         part = geometry.take(range(start, min(start + step, views)))
         operator = RayTransform(part, shape, pixel_mm, kernel, cache=False)
-        found: dict[Material, list[Tensor]] = {}
+        found = []
         for items in groups:
-            for material, image in materials(items).items():
-                found.setdefault(material, []).append(operator(torch.from_numpy(image)))
-        for material, few in found.items():
-            blocks.setdefault(material, []).append(torch.cat(few))
-    return {material: torch.cat(few, dim=-2) for material, few in blocks.items()}
+            through = {
+                material: operator(torch.from_numpy(image)).unflatten(-1, (-1, rays))
+                for material, image in materials(items).items()
+            }
+            found.append(_of_bins(through[WATER] if tube is None else tube.measured(through)))
+        blocks.append(torch.cat(found))
+    return torch.cat(blocks, dim=-2)
+
+
+def _of_bins(values: Tensor) -> Tensor:
+    r"""Line integrals of detector bins from those of their rays, ``(..., rays)``; float64.
+
+    .. math:: l = -\log\frac1K\sum_{k=1}^K e^{-l_k}
+
+    since the rays of a bin add their intensities, not their line integrals.
+    """
+    return math.log(values.shape[-1]) - torch.logsumexp(-values.double(), dim=-1)
 
 
 def _scan(
-    values: Tensor,
+    line: Tensor,
     truth: Tensor,
     operator: RayTransform,
     photons: float,
@@ -638,10 +727,7 @@ def _scan(
     electronic_noise: float = 0.0,
     tube: Tube | None = None,
 ) -> Simulation:
-    """Noisy data from the line integrals of each bin's rays, ``(slices, *out_shape, rays)``."""
-    # the rays of a bin add their intensities, not their line integrals
-    few = [torch.logsumexp(-values[items].double(), dim=-1) for items in slabs(len(values))]
-    line = math.log(values.shape[-1]) - torch.cat(few)
+    """Noisy data from the line integrals of bins, ``(slices, *out_shape)``."""
     counts = count_photons(line, photons, _seeds(seed, len(line), positions), electronic_noise)
     if not (math.isfinite(model_error) and model_error >= 0):
         raise InputError(f"model_error must be finite and not negative, got {model_error}")
@@ -690,8 +776,9 @@ def _square(volume: Float32, fill: float) -> Float32:
     return np.pad(volume, pad, constant_values=fill)
 
 
-def _level(volume: NDArray[Any]) -> float:
-    return float(np.percentile(np.abs(volume), 99.0))
+def _level(volume: Slices) -> float:
+    """What is called the signal of MR images: the 99th percentile of their magnitude."""
+    return float(percentile(volume, 99.0, magnitude=True))
 
 
 def _noise_std(noise: float, level: float) -> float:

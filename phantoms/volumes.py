@@ -42,6 +42,7 @@ from phantoms.simulate import (
     Simulation,
     _level,
     _noise_std,
+    _of_bins,
     _scan,
     _square,
     _stack,
@@ -124,7 +125,7 @@ def simulate_cone(
         how += f"; {kvp:g} kV spectrum through {', '.join(m.name for m in parts)}"
     operator = RayTransform(geometry, tuple(truth.shape[1:]), (spacing[0], pixel, pixel))
     return _scan(
-        values,
+        _of_bins(values),
         truth,
         operator,
         photons,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from inverse.reconstruct import Plan
+    from inverse.trust.verdict import Maps
     from inverse.volumes import Allocate, Volume
     from recon_cli.runlog import RunLog
 
@@ -174,6 +175,20 @@ def trust(
     from inverse.errors import ReconError
     from inverse.trust import examine
 
+    maps: dict[str, Volume] = {}
+
+    def sink(item: int, found: Maps) -> None:
+        images = {"prior-share": found.share.reshape(-1, *task.shape[1:]).numpy()}
+        if found.null_std is not None:
+            images["null-std"] = task.spread(found.null_std)
+        if found.interval is not None:
+            images["interval-low"] = task.image(found.interval.low)
+            images["interval-high"] = task.image(found.interval.high)
+        for name, image in images.items():
+            if name not in maps:
+                maps[name] = allocate(task.shape, "float16")
+            maps[name][task.places(slice(item, item + 1))] = image
+
     try:
         found = examine(
             task.measurement,
@@ -181,31 +196,12 @@ def trust(
             plan.draws(batches),
             outcome.settings,
             orientation=task.plane,
+            sink=sink,
         )
     except ReconError as error:
         unknown: dict[str, Any] = {"light": "amber", "reasons": [f"not examined: {error}"]}
         run.settings["verdict"] = unknown
         return unknown, {}
-    ends = found.interval
-    maps = {
-        name: allocate(task.shape, "float16")
-        for name, there in (
-            ("prior-share", True),
-            ("null-std", found.null_std is not None),
-            ("interval-low", ends is not None),
-            ("interval-high", ends is not None),
-        )
-        if there
-    }
-    for items in task.groups():
-        places = task.places(items)
-        share = found.share[items]
-        maps["prior-share"][places] = share.reshape(-1, *task.shape[1:]).numpy()
-        if found.null_std is not None:
-            maps["null-std"][places] = task.spread(found.null_std[items])
-        if ends is not None:
-            maps["interval-low"][places] = task.image(ends.low[items])
-            maps["interval-high"][places] = task.image(ends.high[items])
     told = found.to_dict()
     _leave_out_doubles(told, run)
     run.settings["verdict"] = {name: told[name] for name in ("light", "reasons")}

@@ -269,12 +269,18 @@ class Batches(MutableMapping[int, "Batch"]):
         return isinstance(number, int) and self._find(number) is not None
 
     def __getitem__(self, number: int) -> Batch:
+        from inverse.memory import trim
+
+        trim()  # of what was done with the one before
         found = self._find(number)
         if found is None:
             raise KeyError(number)
         return found
 
     def __setitem__(self, number: int, batch: Batch) -> None:
+        from inverse.memory import trim
+
+        trim()  # of what its computation has freed
         if self._saved.folder is None:
             self._here[number] = batch
             return

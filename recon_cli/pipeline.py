@@ -232,7 +232,6 @@ def execute(
 
     import torch
 
-    from inverse.memory import trim
     from inverse.volumes import DiskVolume
     from recon_cli.report.build import build
 
@@ -252,7 +251,6 @@ def execute(
         processes.wait()
         return {}
     allocate: Allocate = partial(DiskVolume, folder)
-    trim()  # of what reading or simulating the measurement has freed
     with run.phase("baselines"), torch.inference_mode():
         outcomes: list[Outcome] = []
         for job in baselines.jobs(task, recipe, run, allocate):

@@ -176,11 +176,14 @@ class RunLog:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a part of the run."""
+        """Time a part of the run, after which freed memory goes back to the system."""
+        from inverse.memory import trim
+
         start = time.monotonic()
         try:
             yield
         finally:
+            trim()
             self.timings[name] = round(self.timings.get(name, 0.0) + time.monotonic() - start, 3)
 
     def warn(self, code: str, text: str) -> None:

@@ -19,9 +19,11 @@ from recon_cli.runlog import RunLog, sha256_of
 from recon_cli.task import Task
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from inverse.io.series import Series
     from inverse.operators.ct import ConeBeam, FanBeam, ParallelBeam
-    from phantoms.simulate import Simulation
+    from phantoms.simulate import Simulation, Sink
 
 __all__ = [
     "CtScan",
@@ -149,19 +151,21 @@ class CtScan:
             return 1, self.views, one.rows, one.columns
         return len(chosen), self.views, one.bins
 
-    def run(self, images: Series, chosen: Sequence[int], seed: int) -> Simulation:
-        """Simulate the chosen slices."""
+    def run(
+        self, images: Series, chosen: Sequence[int], seed: int, sink: Sink | None = None
+    ) -> Simulation:
+        """Simulate the chosen slices; a sink takes the truth."""
         from inverse.volumes import Chosen
         from phantoms.beam import implants
         from phantoms.simulate import simulate_ct
 
         matrix, pixel = self._grid(images)
         if self.geometry == "cone":
-            return self._cone(images, chosen, matrix, pixel, seed)
+            return self._cone(images, chosen, matrix, pixel, seed).into(sink)
         slices = Chosen(images.array, chosen)
         metal = None
         if self.metal:
-            metal = implants(slices[:], images.spacing[1], self.metal, seed=seed)
+            metal = implants(slices, images.spacing[1], self.metal, seed=seed)
         return simulate_ct(
             slices,
             images.spacing[1:],
@@ -174,6 +178,7 @@ class CtScan:
             kvp=self.kvp,
             seed=seed,
             positions=chosen,
+            sink=sink,
         )
 
     def _cone(
@@ -227,14 +232,17 @@ class MriScan:
         coils = "" if self.coils == 1 else f" by {self.coils} coils"
         return f"{self.acceleration:g}-fold undersampled{path} MRI{coils}"
 
-    def run(self, images: Series, chosen: Sequence[int], seed: int) -> Simulation:
-        """Simulate the chosen slices."""
+    def run(
+        self, images: Series, chosen: Sequence[int], seed: int, sink: Sink | None = None
+    ) -> Simulation:
+        """Simulate the chosen slices; a sink takes the truth."""
+        from inverse.volumes import Chosen
         from phantoms.simulate import simulate_mri
 
         if self.volume:
-            return self._volume(images, chosen, seed)
+            return self._volume(images, chosen, seed).into(sink)
         return simulate_mri(
-            images.array[chosen],
+            Chosen(images.array, chosen),
             images.spacing[1:],
             acceleration=self.acceleration,
             kind=self.mask,
@@ -244,6 +252,7 @@ class MriScan:
             noise=self.noise,
             seed=seed,
             positions=chosen,
+            sink=sink,
         )
 
     def _volume(self, images: Series, chosen: Sequence[int], seed: int) -> Simulation:
@@ -291,8 +300,10 @@ class InpaintScan:
             return f"Inpainting of a square, {100 * self.hole:g} % of the side"
         return f"Inpainting of {100 * self.hole:g} % of the pixels"
 
-    def run(self, images: Series, chosen: Sequence[int], seed: int) -> Simulation:
-        """Simulate the chosen slices."""
+    def run(
+        self, images: Series, chosen: Sequence[int], seed: int, sink: Sink | None = None
+    ) -> Simulation:
+        """Simulate the chosen slices; a sink takes the truth."""
         from phantoms.simulate import simulate_inpainting
 
         return simulate_inpainting(
@@ -305,7 +316,7 @@ class InpaintScan:
             noise=self.noise,
             seed=seed,
             positions=chosen,
-        )
+        ).into(sink)
 
 
 @dataclass(frozen=True)
@@ -342,8 +353,10 @@ class SliceScan:
         apart = "" if self.step in (None, self.thickness) else f", {self.step} apart"
         return f"Thick slices of {self.thickness}{apart}"
 
-    def run(self, images: Series, chosen: Sequence[int], seed: int) -> Simulation:
-        """Simulate the volume of the chosen slices.
+    def run(
+        self, images: Series, chosen: Sequence[int], seed: int, sink: Sink | None = None
+    ) -> Simulation:
+        """Simulate the volume of the chosen slices; a sink takes the truth.
 
         Raises:
             GeometryError: slices of unequal distance, or fewer than a thick slice has.
@@ -362,7 +375,7 @@ class SliceScan:
             matrix=_matrix(self.matrix, images) if images.unit == "HU" or self.matrix else None,
             noise=self.noise,
             seed=seed,
-        )
+        ).into(sink)
 
 
 def heights(images: Series, chosen: Sequence[int]) -> list[float]:
@@ -485,13 +498,30 @@ def rehearse(scan: Scan, images: Series, chosen: list[int], seed: int, run: RunL
     return replace(task, label=scan.label)
 
 
-def simulate(scan: Scan, images: Series, chosen: list[int], seed: int, run: RunLog) -> Task:
-    """Simulate the scan of chosen slices."""
+def simulate(
+    scan: Scan,
+    images: Series,
+    chosen: list[int],
+    seed: int,
+    run: RunLog,
+    folder: Path | None = None,
+) -> Task:
+    """Simulate the scan of chosen slices; its truth goes to ``folder`` rather than to memory."""
     from inverse.trust import plane
+    from inverse.volumes import DiskVolume
+
+    truth: DiskVolume | None = None
+
+    def keep(items: slice, few: Tensor) -> None:
+        nonlocal truth
+        if truth is None:
+            count = 1 if scan.volume else len(chosen)
+            truth = DiskVolume(folder, (count, *few.shape[1:]), few.numpy().dtype)
+        truth[items] = few
 
     log(f"simulating {scan.label}, slices: {len(chosen)}")
     with run.phase("simulate"):
-        result = scan.run(images, chosen, seed)
+        result = scan.run(images, chosen, seed, None if folder is None else keep)
     provenance = dict(result.measurement.provenance)
     run.settings["simulation"] = {**asdict(scan), **provenance}
     starved = int(provenance.get("starved", 0))
@@ -499,7 +529,7 @@ def simulate(scan: Scan, images: Series, chosen: list[int], seed: int, run: RunL
         run.warn("STARVED", f"{starved} detector readings caught no photon; raise --photons")
     return Task(
         measurement=result.measurement,
-        truth=result.truth,
+        truth=result.truth if truth is None else truth,
         templates=[images.templates[k] for k in chosen],
         label=scan.label,
         simulated=True,

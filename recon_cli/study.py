@@ -97,7 +97,7 @@ def _study(scan: Scan, path: Path, out: Path, how: How) -> None:
             task = rehearse(scan, images, chosen, how.seed, run)
             tell(plan_output(out, task, recipe, chosen, run, images=images), how.as_json)
             return
-        task = simulate(scan, images, chosen, how.seed, run).with_truth_in(work.folder)
+        task = simulate(scan, images, chosen, how.seed, run, work.folder)
         del images  # the whole series; the task holds what is needed
         metrics = execute(task, recipe, work.folder, run, work.saved, work.processes)
     if work.processes.first:

@@ -100,9 +100,12 @@ class Task:
 
     def groups(self) -> Iterator[slice]:
         """Its items a few at a time, which bounds the memory; a volume is one item."""
+        from inverse.memory import trim
         from inverse.volumes import slabs
 
-        return slabs(len(self.measurement))
+        for items in slabs(len(self.measurement)):
+            yield items
+            trim()
 
     def part(self, items: slice) -> Measurement:
         """The measurement of some items."""

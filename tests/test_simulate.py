@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 import phantoms.simulate
 from inverse.errors import GeometryError, InputError, UnsupportedError
@@ -17,6 +18,7 @@ from inverse.operators.ct import FanBeam, ParallelBeam, RayTransform
 from inverse.operators.noise import add_gaussian, count_photons, generator, line_integrals
 from inverse.operators.units import MU_WATER, mu_to_hu
 from inverse.volumes import Chosen, DiskVolume, slabs
+from phantoms.beam import implants
 from phantoms.shapes import Ellipses
 from phantoms.simulate import (
     Simulation,
@@ -342,29 +344,64 @@ def test_command_line_refuses_short_scans_of_parallel_beams(tmp_path: Path, caps
     assert not out.exists()
 
 
-@pytest.mark.parametrize("kvp", [None, 120.0])
-def test_slices_are_projected_a_few_at_a_time(
-    kvp: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_slices_are_simulated_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """From disk and the truth into a sink, in slabs of three: the bits of the whole in memory."""
     rng = np.random.default_rng(0)
-    volume = rng.uniform(-1000, 1500, (5, 32, 32)).astype(np.float32)
-    beam = ParallelBeam.sparse(7, (16, 16), 4.0)
-
-    def scan(slices: NDArray[np.float32] | Chosen) -> Simulation:
-        return simulate_ct(slices, 2.0, beam, matrix=16, kvp=kvp, positions=[4, 1, 2])
-
-    whole = scan(volume[[4, 1, 2]])
-    taken: list[slice] = []
-
-    def twos(count: int) -> list[slice]:
-        taken.extend(slabs(count, 2))
-        return list(slabs(count, 2))
-
-    monkeypatch.setattr(phantoms.simulate, "slabs", twos)
+    volume = rng.uniform(-1000, 1500, (9, 32, 32)).astype(np.float32)
     disk = DiskVolume(tmp_path, volume.shape)
     disk[:] = volume
-    parts = scan(Chosen(disk, [4, 1, 2]))
-    assert {(s.start, s.stop) for s in taken} == {(0, 2), (2, 3)}
-    for name in ("data", "noise"):
-        assert torch.equal(getattr(parts.measurement, name), getattr(whole.measurement, name))
-    assert torch.equal(parts.truth, whole.truth)
+    beam, chosen = ParallelBeam.sparse(7, (16, 16), 4.0), [4, 1, 2, 0, 8, 7, 5]
+    slices = Chosen(disk, chosen)
+    metal = implants(volume[chosen] + 1500, 2.0, 1, radius_mm=4.0)
+    metal = np.stack([np.roll(rod, k, axis=0) for k, rod in enumerate(metal)])
+    ct = partial(simulate_ct, pixel_mm=2.0, geometry=beam, matrix=16, positions=chosen)
+    mri = partial(simulate_mri, pixel_mm=(2.0, 2.0), acceleration=2.0, positions=chosen)
+    scans: dict[str, Callable[..., Simulation]] = {
+        "water": ct,
+        "tube": partial(ct, kvp=120.0, electronic_noise=3.0),
+        "metal": partial(ct, metal=metal),
+        "one coil": partial(mri, phase=1.0),
+        "coils": partial(mri, coils=3, centre_fraction=0.4, phase=1.0),
+    }
+    whole = {name: scan(volume[chosen]) for name, scan in scans.items()}
+    taken: list[slice] = []
+
+    def threes(count: int) -> list[slice]:
+        taken.extend(slabs(count, 3))
+        return list(slabs(count, 3))
+
+    monkeypatch.setattr(phantoms.simulate, "slabs", threes)
+    for name, scan in scans.items():
+        taken.clear()
+        given: list[tuple[int, int]] = []
+        truth = torch.zeros_like(whole[name].truth)
+
+        def sink(items: slice, few: torch.Tensor) -> None:
+            given.append((items.start, items.stop))  # noqa: B023
+            truth[items] = few  # noqa: B023
+
+        parts = scan(slices, sink=sink)
+        assert given == [(s.start, s.stop) for s in taken] == [(0, 3), (3, 6), (6, 7)], name
+        assert parts.truth.shape == (0, *truth.shape[1:])
+        assert torch.equal(truth, whole[name].truth), name
+        for field in ("data", "noise"):
+            a, b = (getattr(s.measurement, field) for s in (parts, whole[name]))
+            assert torch.equal(a, b), (name, field)
+        assert parts.measurement.provenance == whole[name].measurement.provenance
+        assert torch.equal(scan(slices).truth, truth)
+    assert torch.equal(
+        parts.measurement.operator(truth), whole["coils"].measurement.operator(truth)
+    )
+
+
+def test_a_truth_held_as_a_whole_goes_into_a_sink(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = simulate_inpainting(hu(5), (PX, PX), modality="CT")
+    monkeypatch.setattr(phantoms.simulate, "slabs", partial(slabs, size=2))
+    given: list[torch.Tensor] = []
+    parts = whole.into(lambda items, few: given.append(few))
+    assert [len(few) for few in given] == [2, 2, 1]
+    assert torch.equal(torch.cat(given), whole.truth)
+    assert len(parts.truth) == 0
+    assert whole.into(None) is whole

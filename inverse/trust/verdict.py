@@ -10,10 +10,10 @@ see and the prior takes for usual passes every one of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from inverse.trust.hallucination import noise_split, prior_part
 from inverse.trust.ood import Rank, statistics
 from inverse.trust.uncertainty import (
     ChiSquare,
+    Conformal,
     Whiteness,
     by_first_axis,
     by_frequency,
@@ -39,6 +40,8 @@ __all__ = [
     "Evidence",
     "Examination",
     "Interval",
+    "Maps",
+    "Sink",
     "Verdict",
     "examine",
     "judge",
@@ -212,7 +215,7 @@ class Interval:
     """Conformal interval of the reconstruction, physical units.
 
     Attributes:
-        low: lower end, ``(slices, h, w)``.
+        low: lower end, ``(slices, h, w)``, or of one slice.
         high: upper end.
         level: promised share of pixels inside, on average over patients like those of the fit.
         factor: of the standard deviation.
@@ -222,6 +225,19 @@ class Interval:
     high: Tensor
     level: float
     factor: float
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The images of an examination, of one slice: see :class:`Examination`."""
+
+    share: Tensor
+    null_std: Tensor | None
+    interval: Interval | None
+
+
+Sink: TypeAlias = Callable[[int, Maps], None]
+"""Takes the number of a slice and its maps, in the order of the samples."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +256,8 @@ class Examination:
         interval: conformal interval of the magnitude; ``None`` where the card has none for this
             setting, see ``evidence.interval_note``.
         setting: how data were measured and reconstructed.
+
+    Where a :data:`Sink` took the images, these are of no slices.
     """
 
     verdict: Verdict
@@ -288,12 +306,14 @@ def examine(
     *,
     orientation: str = "",
     max_iter: int = 100,
+    sink: Sink | None = None,
 ) -> Examination:
     """Examine a reconstruction: residuals, the prior's part, likeness, intervals, verdict.
 
-    Slices are taken a few at a time, so that memory grows with the maps alone.  A slice costs one
-    network call a noise level of the out-of-distribution test, where the card has references for
-    the setting, and at most ``max_iter`` applications of the operator and its adjoint a sample.
+    Slices are taken a few at a time, so that memory grows with the maps alone, unless a sink takes
+    them.  A slice costs one network call a noise level of the out-of-distribution test, where the
+    card has references for the setting, and at most ``max_iter`` applications of the operator and
+    its adjoint a sample.
 
     Args:
         measurement: data, operator and noise.
@@ -303,6 +323,7 @@ def examine(
         settings: its settings.
         orientation: plane of the slices, see :func:`inverse.trust.plane`.
         max_iter: bound on the cost of the split of the mean and of each sample.
+        sink: takes the images of each slice.
 
     Raises:
         GeometryError: samples that do not fit the measurement.
@@ -313,11 +334,24 @@ def examine(
     setting = Setting.of(measurement, settings)
     name, groups = _groups(measurement)
     known, why = _known(prior, setting)
+    interval_note = "calibrated"
+    if known is None or known.conformal is None:
+        interval_note = f"uncalibrated: {why or 'the card holds no intervals for this setting'}"
+    elif setting.samples < 2:
+        known, interval_note = replace(known, conformal=None), "uncalibrated: one sample a slice"
     found: dict[int, _Slice] = {}
+    images: dict[int, Maps] = {}
     for numbers, draws in _few(given, measurement.operator.in_shape):
         some = measurement.take(torch.tensor(numbers))
-        several = _examine(some, prior, draws, settings, groups, known, orientation, max_iter)
-        found |= zip(numbers, several, strict=True)
+        for z, (one, maps) in zip(
+            numbers,
+            _examine(some, prior, draws, settings, groups, known, orientation, max_iter),
+            strict=True,
+        ):
+            if sink is not None:
+                sink(z, maps)
+                images.clear()  # one tells which maps there are
+            found[z], images[z] = one, maps
     if sorted(found) != list(range(len(measurement))):
         raise GeometryError(
             f"examine needs samples of each of {len(measurement)} slices, got {sorted(found)}"
@@ -333,19 +367,6 @@ def examine(
         for axis in slices[0].whiteness
         if all(axis in s.whiteness for s in slices)
     }
-    stds = [s.null_std for s in slices if s.null_std is not None]
-    interval, interval_note = None, ""
-    if known is None or known.conformal is None:
-        interval_note = f"uncalibrated: {why or 'the card holds no intervals for this setting'}"
-    elif setting.samples < 2:
-        interval_note = "uncalibrated: one sample a slice"
-    else:
-        ends = [known.conformal.interval(*s.shown) for s in slices if s.shown is not None]
-        low, high = (torch.stack(end) for end in zip(*ends, strict=True))
-        if measurement.operator.dtype.is_complex:
-            low = low.clamp_min(0.0)  # of a magnitude
-        interval = Interval(low, high, 1 - known.conformal.alpha, known.conformal.factor)
-        interval_note = "calibrated"
     worst_group, group_chi2, excess = _worst(chi2)
     correlation, axis = _structure(white)
     whole = (chi2.value * chi2.degrees).sum(dim=1) / chi2.degrees.sum()
@@ -366,14 +387,15 @@ def examine(
         interval_note=interval_note,
         concerns=_worst_of(c for s in slices for c in s.concerns),
     )
+    maps = _stack([images[z] for z in sorted(images)], 0 if sink else len(slices))
     return Examination(
         verdict=judge(evidence),
         evidence=evidence,
         chi2=chi2,
         whiteness=white,
-        share=torch.stack([s.share for s in slices]),
-        null_std=torch.stack(stds) if len(stds) == len(slices) else None,
-        interval=interval,
+        share=maps.share,
+        null_std=maps.null_std,
+        interval=maps.interval,
         setting=setting,
     )
 
@@ -394,11 +416,8 @@ class _Slice:
 
     chi2: ChiSquare
     whiteness: Mapping[int, Whiteness]
-    share: Tensor
     detail_share: float
     split_error: float
-    null_std: Tensor | None
-    shown: tuple[Tensor, Tensor] | None
     rank: Rank | None
     note: str
     concerns: tuple[Concern, ...]
@@ -441,7 +460,7 @@ def _examine(
     known: CardCalibration | None,
     orientation: str,
     max_iter: int,
-) -> list[_Slice]:
+) -> Iterator[tuple[_Slice, Maps]]:
     """A few slices with their samples ``(samples, slices, *in_shape)``."""
     offset, scale = float(settings["offset"]), float(settings["scale"])
     mean = draws.mean(dim=0)
@@ -454,7 +473,6 @@ def _examine(
         std = prior_part(parts, draws.split(together)).std.float()
     chi2, white = residual_chi2(some, draws[0], groups), _whiteness(some, draws[0])
     ranks, note = _likeness(prior, known, some, mean, offset, scale)
-    found = []
     for i in range(len(some)):
         concerns: tuple[Concern, ...] = ()
         if isinstance(prior, NetworkPrior):
@@ -466,24 +484,47 @@ def _examine(
                 scale=scale,
                 orientation=orientation,
             )
-        found.append(
-            _Slice(
-                chi2=replace(chi2, value=chi2.value[i : i + 1], p=chi2.p[i : i + 1]),
-                whiteness={
-                    axis: Whiteness(w.value[i : i + 1], w.variance, w.p[i : i + 1])
-                    for axis, w in white.items()
-                },
-                share=share[i],
-                detail_share=float(detail_share[i]),
-                split_error=float(part.error[i]),
-                null_std=None if std is None else std[i],
-                shown=shown(draws[:, i]) if len(draws) > 1 else None,
-                rank=ranks[i] if ranks else None,
-                note=note,
-                concerns=concerns,
-            )
+        found = _Slice(
+            chi2=replace(chi2, value=chi2.value[i : i + 1], p=chi2.p[i : i + 1]),
+            whiteness={
+                axis: Whiteness(w.value[i : i + 1], w.variance, w.p[i : i + 1])
+                for axis, w in white.items()
+            },
+            detail_share=float(detail_share[i]),
+            split_error=float(part.error[i]),
+            rank=ranks[i] if ranks else None,
+            note=note,
+            concerns=concerns,
         )
-    return found
+        interval = None
+        if known is not None and known.conformal is not None:
+            interval = _interval(known.conformal, draws[:, i])
+        yield found, Maps(share[i], None if std is None else std[i], interval)
+
+
+def _interval(conformal: Conformal, samples: Tensor) -> Interval:
+    """The interval of one slice."""
+    low, high = conformal.interval(*shown(samples))
+    if samples.is_complex():
+        low = low.clamp_min(0.0)  # of a magnitude
+    return Interval(low, high, 1 - conformal.alpha, conformal.factor)
+
+
+def _stack(parts: Sequence[Maps], count: int) -> Maps:
+    """Maps of single slices as those of the first ``count``."""
+
+    def stack(images: Iterable[Tensor]) -> Tensor:
+        return torch.stack(list(images))[:count]
+
+    stds = [p.null_std for p in parts if p.null_std is not None]
+    ends = [p.interval for p in parts if p.interval is not None]
+    return Maps(
+        stack(p.share for p in parts),
+        stack(stds) if stds else None,
+        replace(ends[0], low=stack(e.low for e in ends), high=stack(e.high for e in ends))
+        if ends
+        else None,
+    )
 
 
 def _joined(tests: Sequence[ChiSquare]) -> ChiSquare:
