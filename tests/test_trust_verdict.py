@@ -315,7 +315,7 @@ def test_calibration_goes_into_the_card_and_comes_back(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="version 99"):
         CardCalibration.from_dict({"version": 99})
     with pytest.raises(CheckpointError, match="damaged"):
-        CardCalibration.from_dict({"version": 2, "setting": {}})
+        CardCalibration.from_dict({"version": VERSION, "setting": {}})
 
 
 # --- the verdict -------------------------------------------------------------------------------
