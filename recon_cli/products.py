@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -91,11 +92,18 @@ def write_dicom(
 def write_companions(
     task: Task, recipe: Recipe, outcome: Outcome, folder: Path, run: RunLog
 ) -> None:
-    """What was asked for beside the result, which stands also where one of them fails."""
+    """What was asked for beside the result, which stands also where one of them fails.
+
+    Of one that fails, what is whole stays, and half of a file or folder goes.
+    """
     for name in recipe.also:
+        before = set(folder.iterdir())
         try:
             {"parametric-map": write_map, "pdf": write_pdf}[name](task, outcome, folder, run)
         except Exception as error:
+            for path in set(folder.iterdir()) - before:
+                if path.name not in run.outputs:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
             why = f"{type(error).__name__}: {one_line(error)}"
             run.warn("NO_COMPANION", f"--{name} failed ({why}); all else is written")
 

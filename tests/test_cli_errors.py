@@ -342,6 +342,28 @@ def test_a_failed_companion_is_a_warning(
     assert {"recon", "report.html", "metrics.json"} <= {path.name for path in out.iterdir()}
 
 
+def test_half_of_a_companion_goes_and_what_is_whole_stays(
+    tmp_path: Path, ct: Path, prior: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def page(folder: Path) -> Path:
+        (folder / "report.pdf").write_bytes(b"%PDF-1.4")
+        return folder / "report.pdf"
+
+    def half(folder: Path, *_: object, **__: object) -> None:
+        folder.mkdir()
+        (folder / "0001.dcm").write_bytes(b"half")
+        raise ValueError("no more")
+
+    monkeypatch.setattr("recon_cli.report.pdf.build_pdf", page)
+    monkeypatch.setattr("inverse.io.dicom.write_pdf", half)
+    out = tmp_path / "out"
+    assert recon(*study(ct, out, prior, "--pdf", "--slices", 0, "--quiet")) == 0
+    run = json.loads((out / "run.json").read_text())
+    assert "report.pdf" in run["outputs"]
+    assert (out / "report.pdf").exists()
+    assert not (out / "report-dicom").exists()
+
+
 def test_what_the_verdict_says_is_no_warning_too(tmp_path: Path, ct: Path, prior: Path) -> None:
     out = tmp_path / "out"
     assert recon(*study(ct, out, prior, "--slices", 0, "--quiet", "--matrix", 16)) == 0
