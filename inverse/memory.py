@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["is_exhausted", "peak_bytes", "trim"]
+__all__ = ["is_exhausted", "peak_bytes", "resident_peak", "trim"]
 
 
 def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
@@ -22,17 +22,25 @@ def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         action()
         return int(torch.cuda.max_memory_allocated(device))
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    action()
+    return resident_peak()
+
+
+def resident_peak() -> int:
+    """Most memory that this process has held, bytes.
+
+    Linux tells it of the running program alone; ``getrusage`` counts what its parent held as well.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     import resource  # not on Windows
 
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        action()
-        unit = 1 if sys.platform == "darwin" else 1024
-        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
-    action()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
 
 
 def is_exhausted(error: BaseException) -> bool:

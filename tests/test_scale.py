@@ -44,9 +44,10 @@ from recon_cli.task import Task
 
 REPOSITORY = Path(__file__).parent.parent
 PROGRAM = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch
+from inverse.memory import resident_peak
 from inverse.measurement import Measurement
 from inverse.operators.mask import Mask
 from inverse.priors.denoiser import Denoiser, expand
@@ -71,18 +72,17 @@ with working_folder(folder / "out", overwrite=False, resume=True) as work:
     seen = []
     plan.result(batches, sink=lambda places, mean, std: seen.extend(range(slices)[places]))
 assert seen == list(range(slices))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(resident_peak() >> 20)
 """
 
 
 STUDY = """
 import sys
-from pathlib import Path
+from inverse.memory import resident_peak
 from recon_cli.app import main
 
 code = main(sys.argv[1:])
-status = Path("/proc/self/status").read_text().splitlines()
-print(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+print(resident_peak() >> 20)
 raise SystemExit(code)
 """
 

@@ -46,6 +46,17 @@ def write_scan(path: Path, slices: int, side: int, views: int) -> None:
     write_measurement(path, scan.measurement, z_mm=z_mm)
 
 
+_LAUNCH = """
+import resource, subprocess, sys
+
+code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+"""Starts a command from a small process, since a child counts the memory of its parent as its own
+until it runs another program."""
+
+
 def measure(
     scan: Path, folder: Path, options: Sequence[str], processes: int, threads: int
 ) -> dict[str, Any]:
@@ -60,16 +71,20 @@ def measure(
     words = [*launcher, "reconstruct", str(scan), "-o", str(out), "--quiet", *options]
     started = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    child = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise RuntimeError(f"'{' '.join(words)}' ended with code {child.returncode}")
+    done = subprocess.run(
+        [sys.executable, "-c", _LAUNCH, *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"'{' '.join(words)}' ended with code {done.returncode}")
     run = json.loads((out / "run.json").read_text())
     return {
         "processes": processes,
         "seconds": round(time.monotonic() - started, 2),
-        "peak_mib": usage.ru_maxrss // 1024,
+        "peak_mib": int(done.stdout) // 1024,
         "phases": run["timings_seconds"],
     }
 
