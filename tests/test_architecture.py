@@ -24,10 +24,10 @@ ALLOWED = {
     "training": {"errors", "launch", "sde", "priors", "io"},
     "bridges": {"errors", "sde", "priors", "operators"},
     "operators": {"errors"},
-    "measurement": {"errors", "operators"},
+    "measurement": {"errors", "operators", "volumes"},
     "classical": {"errors", "operators", "measurement"},
     "io": {"errors", "operators", "measurement", "volumes"},
-    "trust": {"errors", "sde", "priors", "operators", "measurement", "metrics"},
+    "trust": {"errors", "sde", "priors", "operators", "measurement", "metrics", "volumes"},
     "posterior": {
         "errors",
         "sde",
@@ -46,6 +46,7 @@ ALLOWED = {
         "operators",
         "measurement",
         "posterior",
+        "volumes",
     },
 }
 # third-party package -> the only files that may import it
