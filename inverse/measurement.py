@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, Literal, TypeAlias, get_args
@@ -164,6 +164,10 @@ class Measurement:
             noise=noise,
             counts=counts,
         )
+
+    def parts(self) -> Iterator[Measurement]:
+        """The measurements of a few slices at a time, for work whose memory they would set."""
+        return map(self.take, torch.arange(len(self), device=self.data.device).split(SLAB))
 
     def to(self, device: torch.device | str) -> Measurement:
         """The same measurement on another device; this one, its operator included, stays."""

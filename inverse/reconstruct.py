@@ -777,9 +777,12 @@ def _affine(prior: Denoiser, measurement: Measurement) -> tuple[float, float]:
     if prior.unit == "relative":
         # thick slices have the image's intensity, their adjoint that over the thickness
         thick = isinstance(measurement.operator, ThickSlices)
-        few = (measurement.take(index) for index in torch.arange(len(measurement)).split(SLAB))
-        images = (some.data if thick else some.operator.adjoint(some.data) for some in few)
-        magnitude = torch.cat([image.abs().float().cpu() for image in images])
+        magnitude = torch.cat(
+            [
+                (few.data if thick else few.operator.adjoint(few.data)).abs().float().cpu()
+                for few in measurement.parts()
+            ]
+        )
         top = float(percentile(magnitude.numpy(), 99.5))
         return prior.offset * top, prior.scale * top
     return prior.offset, prior.scale

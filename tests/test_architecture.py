@@ -27,7 +27,7 @@ ALLOWED = {
     "measurement": {"errors", "operators", "volumes"},
     "classical": {"errors", "operators", "measurement"},
     "io": {"errors", "operators", "measurement", "volumes"},
-    "trust": {"errors", "sde", "priors", "operators", "measurement", "metrics", "volumes"},
+    "trust": {"errors", "sde", "priors", "operators", "measurement", "metrics"},
     "posterior": {
         "errors",
         "sde",

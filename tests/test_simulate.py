@@ -372,17 +372,19 @@ def test_slices_are_simulated_a_few_at_a_time(
         taken.extend(slabs(count, 3))
         return list(slabs(count, 3))
 
+    def take(
+        given: list[tuple[int, int]], truth: torch.Tensor, at: slice, few: torch.Tensor
+    ) -> None:
+        given.append((at.start, at.stop))
+        truth[at] = few
+
     monkeypatch.setattr(phantoms.simulate, "slabs", threes)
     for name, scan in scans.items():
         taken.clear()
         given: list[tuple[int, int]] = []
         truth = torch.zeros_like(whole[name].truth)
 
-        def sink(items: slice, few: torch.Tensor) -> None:
-            given.append((items.start, items.stop))  # noqa: B023
-            truth[items] = few  # noqa: B023
-
-        parts = scan(slices, sink=sink)
+        parts = scan(slices, sink=partial(take, given, truth))
         assert given == [(s.start, s.stop) for s in taken] == [(0, 3), (3, 6), (6, 7)], name
         assert parts.truth.shape == (0, *truth.shape[1:])
         assert torch.equal(truth, whole[name].truth), name

@@ -337,7 +337,12 @@ def _kind(measurement: Measurement) -> str:
 
 
 def _pattern(operator: LinearOperator) -> tuple[str, float]:
-    """``Setting.pattern`` and ``Setting.radius``."""
+    r"""``Setting.pattern`` and ``Setting.radius`` of the measured set M of lines or points.
+
+    .. math:: r = \Big(\frac1{|M|}\sum_{k \in M} |k|^2 \Big/ \frac1N\sum_k |k|^2\Big)^{1/2}
+
+    over frequencies k in cycles a pixel; of lines, across them alone.
+    """
     if not isinstance(operator, CartesianMRI | Sense) or bool(operator.mask.all()):
         return "", 1.0
     mask, along = operator.mask, "points"

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from inverse.errors import GeometryError, InputError, UnsupportedError
 from inverse.measurement import Measurement
-from inverse.volumes import SLAB
 
 __all__ = [
     "ChiSquare",
@@ -606,10 +605,9 @@ def measured_data(measurement: Measurement) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(operator.in_shape, generator=generator, dtype=operator.dtype).to(data.device)
     seen = torch.zeros(operator.out_shape, dtype=torch.bool, device=data.device)
-    for index in torch.arange(len(measurement), device=data.device).split(SLAB):
-        some = measurement.take(index)
-        reached = some.operator(x.expand(len(some), *x.shape))
-        seen |= ((some.data != 0) | (reached != 0)).any(dim=0)
+    for few in measurement.parts():
+        reached = few.operator(x.expand(len(few), *x.shape))
+        seen |= ((few.data != 0) | (reached != 0)).any(dim=0)
     if int(seen.sum()) != count:
         raise UnsupportedError(
             f"{operator!r} measures {count} data, but {int(seen.sum())} are not zero; set the "
